@@ -1,0 +1,1 @@
+"""Millstream turns prompts into streams."""
