@@ -1,0 +1,270 @@
+"""The asyncio face of the library: the same methods as `Client`, as coroutines and async iterators."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
+from types import TracebackType
+from typing import Any, Self
+
+import redis.asyncio
+from redis.asyncio.client import PubSub
+from redis.exceptions import NoScriptError
+
+from . import calls, job, reading, status
+from .calls import Call, T
+from .errors import JobNotFound, RedisUnavailable
+from .events import Event
+from .reading import LISTEN, OUTAGE, RECONNECT, Following, Reading
+from .redis_door import COMMAND_TIMEOUT, connect_async, translated
+from .result import Ended, Job, Narrator, OnContent, OnRestart, Result, outcome, raise_for_end
+from .settings import Settings
+from .status import Status
+from .transcript import Transcript
+
+
+class AsyncClient:
+    """Submit jobs, follow them, read their results. One client serves many tasks of one loop; close it when done."""
+
+    def __init__(
+        self,
+        redis_url: str | None = None,
+        *,
+        settings: Settings | None = None,
+        connection: redis.asyncio.Redis | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        script_header: bool = True,
+    ) -> None:
+        """Use `redis_url`, else the settings' (whose default is redis://127.0.0.1:6379/0).
+
+        `connection`, `clock` and `script_header` are for tests: see `millstream.testing`.
+        """
+        self.settings = settings or (Settings(redis_url=redis_url) if redis_url else Settings())
+        self.keys = self.settings.keys
+        self._url = redis_url or self.settings.redis_url
+        self.redis: Any = connection if connection is not None else connect_async(self._url)
+        self._clock = clock
+        self._header = script_header
+
+    @classmethod
+    def from_env(cls, **options: Any) -> Self:
+        """A client with the settings of the environment."""
+        return cls(settings=Settings.from_env(), **options)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Give the connections back."""
+        await self.redis.aclose()
+
+    # Asking ------------------------------------------------------------------------------------------------------
+
+    async def submit(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        id: str | None = None,
+        **asked: Any,
+    ) -> Job:
+        """Accept a job: once this returns, the job survives kill -9 of every process.
+
+        `asked`: `model`, what a job may ask for (`lane, timeout, max_attempts, expires, retention, on_break, metadata`; times in
+        seconds) and OpenAI parameters. Raises SpecError, JobExists (known id, other spec), RedisUnavailable.
+        """
+        asked.setdefault("model", self.settings.model)
+        spec = job.build(prompt, messages=messages, **asked)
+        job_id = job.new_id() if id is None else job.check_id(id)
+        return Job(id=job_id, created=await self.run(calls.submit(self.keys, self.settings, job_id, spec)))
+
+    async def submit_many(self, requests: Iterable[Mapping[str, Any]]) -> Sequence[Job]:
+        """Accept many jobs in one round trip; each request holds the arguments of `submit`.
+
+        All are checked before the first is sent. Raises what `submit` raises; a retry with the same ids doubles nothing.
+        """
+        ids, wanted = [], []
+        for request in requests:
+            asked = {"model": self.settings.model, **request}
+            given = asked.pop("id", None)
+            ids.append(job.new_id() if given is None else job.check_id(given))
+            wanted.append(calls.submit(self.keys, self.settings, ids[-1], job.build(**asked)))
+        return [
+            Job(id=job_id, created=created) for job_id, created in zip(ids, await self._run_many(wanted), strict=True)
+        ]
+
+    async def cancel(self, job_id: str) -> str:
+        """End a job in whatever state; returns the status it has now: the first terminal event wins."""
+        return await self.run(calls.cancel(self.keys, job.check_id(job_id)))
+
+    async def forget(self, job_id: str) -> None:
+        """Let Redis drop an ended job in a minute; who still reads it can finish."""
+        await self.run(calls.forget(self.keys, job.check_id(job_id)))
+
+    # Looking -----------------------------------------------------------------------------------------------------
+
+    async def status(self, job_id: str) -> Status:
+        """The job's state now. Raises JobNotFound."""
+        found = await self._statuses([job.check_id(job_id)])
+        if not found:
+            raise JobNotFound(job_id)
+        return found[0]
+
+    async def list(self, state: str | None = None, *, limit: int = 100) -> Sequence[Status]:
+        """Open jobs, then ended ones with the newest first; `state` keeps one status."""
+        with translated(self._url):
+            open_ids = [each.decode() for each in await self.redis.zrange(self.keys.open, 0, -1)]
+            feed = await self.redis.xrevrange(self.keys.ended, count=10 * limit)
+        ids = dict.fromkeys([*open_ids, *(fields[b"id"].decode() for _, fields in feed)])
+        found: list[Status] = []
+        for start in range(0, len(ids), 500):
+            found += [
+                each for each in await self._statuses(list(ids)[start : start + 500]) if state in (None, each.status)
+            ]
+            if len(found) >= limit:
+                break
+        return found[:limit]
+
+    async def follow(self, job_id: str, after: int = 0) -> AsyncGenerator[Event]:
+        """Every event with a seq above `after`, in order, each once, up to the terminal one.
+
+        Resumes by itself over any disconnect. Raises JobNotFound, JobExpired, LogRewound, RedisUnavailable.
+        """
+        async with aclosing(self.follow_many([job_id], after)) as events:
+            async for _, event in events:
+                yield event
+
+    async def follow_many(self, job_ids: Iterable[str], after: int = 0) -> AsyncGenerator[tuple[str, Event]]:
+        """The events of several jobs as (job id, event), over one subscription, until all have ended."""
+        async with aclosing(self._follow(Following(map(job.check_id, job_ids), after, clock=self._clock))) as events:
+            async for event in events:
+                yield event
+
+    async def stream(
+        self, job_id: str, on_content: OnContent | None = None, on_restart: OnRestart | None = None, after: int = 0
+    ) -> str:
+        """Call `on_content(text)` with every piece as it comes, and return the whole final text.
+
+        `on_restart(attempt, reason)` comes before new text when the text so far is void. Raises JobFailed, JobCancelled.
+        """
+        narrator = Narrator(on_content, on_restart)
+        async for event in self.follow(job_id, after):
+            narrator.feed(event)
+        raise_for_end(job_id, narrator.transcript)
+        return narrator.transcript.text
+
+    async def result(self, job_id: str, timeout: float | None = None) -> Result:
+        """Wait for the end, at most `timeout` seconds, and return the answer; `completed` and `incomplete` alike.
+
+        Raises JobFailed, JobCancelled, ResultTimeout (a TimeoutError).
+        """
+        found = await self.outcome(job_id, timeout)
+        raise_for_end(job_id, found[1])
+        return found[0]
+
+    async def outcome(self, job_id: str, timeout: float | None = None) -> tuple[Result, Transcript]:
+        """As `result`, for any ending: nothing is raised for a failed or cancelled job."""
+        transcript = Transcript()
+        following = Following([job.check_id(job_id)], clock=self._clock)
+        async for _, event in self._follow(following, timeout):
+            transcript.feed(event)
+        return outcome(job_id, transcript), transcript
+
+    async def ended(self, after: str | None = None) -> AsyncGenerator[Ended]:
+        """Every job as it ends, for ever: from now on, or after a cursor an earlier entry gave ("0" = all kept)."""
+        cursor = after
+        while True:
+            with translated(self._url):
+                if cursor is None:
+                    newest = await self.redis.xrevrange(self.keys.ended, count=1)
+                    cursor = newest[0][0].decode() if newest else "0"
+                found = await self.redis.xread({self.keys.ended: cursor}, count=1000, block=int(LISTEN * 1000))
+            for entry_id, fields in found[0][1] if found else ():
+                cursor = entry_id.decode()
+                yield Ended(id=fields[b"id"].decode(), status=fields[b"status"].decode(), cursor=cursor)
+
+    # The shell around the decisions ------------------------------------------------------------------------------
+
+    async def run(self, call: Call[T]) -> T:
+        """Run one script call; retried on a lost reply, which every script allows."""
+        script = call.load(header=self._header)
+        with translated(self._url):
+            try:
+                reply = await self.redis.evalsha(script.sha, len(call.keys), *call.keys, *call.args)
+            except NoScriptError:
+                reply = await self.redis.eval(script.text, len(call.keys), *call.keys, *call.args)
+        return call.decode(reply)
+
+    async def _run_many(self, wanted: Sequence[Call[T]]) -> Sequence[T]:
+        if not wanted:
+            return []
+        with translated(self._url):
+            for script in {call.load(header=self._header) for call in wanted}:
+                await self.redis.script_load(script.text)
+            pipe = self.redis.pipeline(transaction=False)
+            for call in wanted:
+                pipe.evalsha(call.load(header=self._header).sha, len(call.keys), *call.keys, *call.args)
+            replies = await pipe.execute()
+        return [call.decode(reply) for call, reply in zip(wanted, replies, strict=True)]
+
+    async def _statuses(self, job_ids: Sequence[str]) -> Sequence[Status]:
+        with translated(self._url):
+            pipe = self.redis.pipeline(transaction=False)
+            for job_id in job_ids:
+                pipe.hgetall(self.keys.state(job_id))
+                pipe.get(self.keys.spec(job_id))
+            replies = await pipe.execute()
+        return status.from_replies(job_ids, replies)
+
+    async def _page(self, at: Reading) -> reading.Page:
+        with translated(self._url):
+            pipe = self.redis.pipeline(transaction=True)
+            pipe.xrange(self.keys.log(at.job_id), min=f"{max(1, at.cursor)}-0", count=reading.PAGE)
+            pipe.hmget(self.keys.state(at.job_id), reading.STATE_FIELDS)
+            entries, state = await pipe.execute()
+        return reading.page(entries, state)
+
+    async def _follow(self, following: Following, timeout: float | None = None) -> AsyncGenerator[tuple[str, Event]]:
+        until = None if timeout is None else self._clock() + timeout
+        while due := following.due():  # what has ended already needs no subscription
+            for each in following.read(due[0], await self._page(due[0])):
+                yield each
+        answered = self._clock()
+        while following.open:
+            try:
+                async with self._subscribed(following.open) as pubsub:
+                    following.reconnected()
+                    while following.open:
+                        batch = await self._next(pubsub, following, until)
+                        answered = self._clock()
+                        for each in batch:
+                            yield each
+            except RedisUnavailable:
+                if self._clock() - answered > OUTAGE:
+                    raise
+                await asyncio.sleep(RECONNECT)
+
+    async def _next(self, pubsub: PubSub, following: Following, until: float | None) -> Sequence[tuple[str, Event]]:
+        if due := following.due():
+            return following.read(due[0], await self._page(due[0]))
+        wait = following.patience(LISTEN, until)
+        with translated(self._url):
+            message = await pubsub.get_message(timeout=wait)
+        return following.take(message, self.keys.job_of)
+
+    @asynccontextmanager
+    async def _subscribed(self, job_ids: Sequence[str]) -> AsyncIterator[PubSub]:
+        async with self.redis.pubsub() as pubsub:
+            with translated(self._url):
+                await pubsub.subscribe(*map(self.keys.chunks, job_ids))
+                for _ in job_ids:  # the log may be read only after the server has acknowledged each
+                    if await pubsub.get_message(timeout=COMMAND_TIMEOUT) is None:
+                        raise redis.exceptions.TimeoutError("no acknowledgement of a subscription")
+            yield pubsub

@@ -1,0 +1,260 @@
+"""The library's two faces on Redis, the blocking one here: a thin shell around calls.py and reading.py."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Self
+
+import redis
+from redis.client import PubSub
+from redis.exceptions import NoScriptError
+
+from . import calls, job, reading, status
+from .calls import Call, T
+from .errors import JobNotFound, RedisUnavailable
+from .events import Event
+from .reading import LISTEN, OUTAGE, RECONNECT, Following, Reading
+from .redis_door import COMMAND_TIMEOUT, connect, translated
+from .result import Ended, Job, Narrator, OnContent, OnRestart, Result, outcome, raise_for_end
+from .settings import Settings
+from .status import Status
+from .transcript import Transcript
+
+
+class Client:
+    """Submit jobs, follow them, read their results. One client may be shared by threads; close it when done."""
+
+    def __init__(
+        self,
+        redis_url: str | None = None,
+        *,
+        settings: Settings | None = None,
+        connection: redis.Redis | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        script_header: bool = True,
+    ) -> None:
+        """Use `redis_url`, else the settings' (whose default is redis://127.0.0.1:6379/0).
+
+        `connection`, `clock` and `script_header` are for tests: see `millstream.testing`.
+        """
+        self.settings = settings or (Settings(redis_url=redis_url) if redis_url else Settings())
+        self.keys = self.settings.keys
+        self._url = redis_url or self.settings.redis_url
+        self.redis: Any = connection if connection is not None else connect(self._url)
+        self._clock = clock
+        self._header = script_header
+
+    @classmethod
+    def from_env(cls, **options: Any) -> Self:
+        """A client with the settings of the environment."""
+        return cls(settings=Settings.from_env(), **options)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self.redis.close()
+
+    # Asking ------------------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        id: str | None = None,
+        **asked: Any,
+    ) -> Job:
+        """Accept a job: once this returns, the job survives kill -9 of every process.
+
+        `asked`: `model`, what a job may ask for (`lane, timeout, max_attempts, expires, retention, on_break, metadata`; times in
+        seconds) and OpenAI parameters. Raises SpecError, JobExists (known id, other spec), RedisUnavailable.
+        """
+        asked.setdefault("model", self.settings.model)
+        spec = job.build(prompt, messages=messages, **asked)
+        job_id = job.new_id() if id is None else job.check_id(id)
+        return Job(id=job_id, created=self.run(calls.submit(self.keys, self.settings, job_id, spec)))
+
+    def submit_many(self, requests: Iterable[Mapping[str, Any]]) -> Sequence[Job]:
+        """Accept many jobs in one round trip; each request holds the arguments of `submit`.
+
+        All are checked before the first is sent. Raises what `submit` raises; a retry with the same ids doubles nothing.
+        """
+        ids, wanted = [], []
+        for request in requests:
+            asked = {"model": self.settings.model, **request}
+            given = asked.pop("id", None)
+            ids.append(job.new_id() if given is None else job.check_id(given))
+            wanted.append(calls.submit(self.keys, self.settings, ids[-1], job.build(**asked)))
+        return [Job(id=job_id, created=created) for job_id, created in zip(ids, self._run_many(wanted), strict=True)]
+
+    def cancel(self, job_id: str) -> str:
+        """End a job in whatever state; returns the status it has now: the first terminal event wins."""
+        return self.run(calls.cancel(self.keys, job.check_id(job_id)))
+
+    def forget(self, job_id: str) -> None:
+        """Let Redis drop an ended job in a minute; who still reads it can finish."""
+        self.run(calls.forget(self.keys, job.check_id(job_id)))
+
+    # Looking -----------------------------------------------------------------------------------------------------
+
+    def status(self, job_id: str) -> Status:
+        """The job's state now. Raises JobNotFound."""
+        found = self._statuses([job.check_id(job_id)])
+        if not found:
+            raise JobNotFound(job_id)
+        return found[0]
+
+    def list(self, state: str | None = None, *, limit: int = 100) -> Sequence[Status]:
+        """Open jobs, then ended ones with the newest first; `state` keeps one status."""
+        with translated(self._url):
+            open_ids = [each.decode() for each in self.redis.zrange(self.keys.open, 0, -1)]
+            feed = self.redis.xrevrange(self.keys.ended, count=10 * limit)
+        ids = dict.fromkeys([*open_ids, *(fields[b"id"].decode() for _, fields in feed)])
+        found: list[Status] = []
+        for start in range(0, len(ids), 500):
+            found += [each for each in self._statuses(list(ids)[start : start + 500]) if state in (None, each.status)]
+            if len(found) >= limit:
+                break
+        return found[:limit]
+
+    def follow(self, job_id: str, after: int = 0) -> Iterator[Event]:
+        """Every event with a seq above `after`, in order, each once, up to the terminal one.
+
+        Resumes by itself over any disconnect. Raises JobNotFound, JobExpired, LogRewound, RedisUnavailable.
+        """
+        for _, event in self.follow_many([job_id], after):
+            yield event
+
+    def follow_many(self, job_ids: Iterable[str], after: int = 0) -> Iterator[tuple[str, Event]]:
+        """The events of several jobs as (job id, event), over one subscription, until all have ended."""
+        yield from self._follow(Following(map(job.check_id, job_ids), after, clock=self._clock))
+
+    def stream(
+        self, job_id: str, on_content: OnContent | None = None, on_restart: OnRestart | None = None, after: int = 0
+    ) -> str:
+        """Call `on_content(text)` with every piece as it comes, and return the whole final text.
+
+        `on_restart(attempt, reason)` comes before new text when the text so far is void. Raises JobFailed, JobCancelled.
+        """
+        narrator = Narrator(on_content, on_restart)
+        for event in self.follow(job_id, after):
+            narrator.feed(event)
+        raise_for_end(job_id, narrator.transcript)
+        return narrator.transcript.text
+
+    def result(self, job_id: str, timeout: float | None = None) -> Result:
+        """Wait for the end, at most `timeout` seconds, and return the answer; `completed` and `incomplete` alike.
+
+        Raises JobFailed, JobCancelled, ResultTimeout (a TimeoutError).
+        """
+        found = self.outcome(job_id, timeout)
+        raise_for_end(job_id, found[1])
+        return found[0]
+
+    def outcome(self, job_id: str, timeout: float | None = None) -> tuple[Result, Transcript]:
+        """As `result`, for any ending: nothing is raised for a failed or cancelled job."""
+        transcript = Transcript()
+        following = Following([job.check_id(job_id)], clock=self._clock)
+        for _, event in self._follow(following, timeout):
+            transcript.feed(event)
+        return outcome(job_id, transcript), transcript
+
+    def ended(self, after: str | None = None) -> Iterator[Ended]:
+        """Every job as it ends, for ever: from now on, or after a cursor an earlier entry gave ("0" = all kept)."""
+        cursor = after
+        while True:
+            with translated(self._url):
+                if cursor is None:
+                    newest = self.redis.xrevrange(self.keys.ended, count=1)
+                    cursor = newest[0][0].decode() if newest else "0"
+                found = self.redis.xread({self.keys.ended: cursor}, count=1000, block=int(LISTEN * 1000))
+            for entry_id, fields in found[0][1] if found else ():
+                cursor = entry_id.decode()
+                yield Ended(id=fields[b"id"].decode(), status=fields[b"status"].decode(), cursor=cursor)
+
+    # The shell around the decisions ------------------------------------------------------------------------------
+
+    def run(self, call: Call[T]) -> T:
+        """Run one script call; retried on a lost reply, which every script allows."""
+        script = call.load(header=self._header)
+        with translated(self._url):
+            try:
+                reply = self.redis.evalsha(script.sha, len(call.keys), *call.keys, *call.args)
+            except NoScriptError:
+                reply = self.redis.eval(script.text, len(call.keys), *call.keys, *call.args)
+        return call.decode(reply)
+
+    def _run_many(self, wanted: Sequence[Call[T]]) -> Sequence[T]:
+        if not wanted:
+            return []
+        with translated(self._url):
+            for script in {call.load(header=self._header) for call in wanted}:
+                self.redis.script_load(script.text)
+            pipe = self.redis.pipeline(transaction=False)
+            for call in wanted:
+                pipe.evalsha(call.load(header=self._header).sha, len(call.keys), *call.keys, *call.args)
+            replies = pipe.execute()
+        return [call.decode(reply) for call, reply in zip(wanted, replies, strict=True)]
+
+    def _statuses(self, job_ids: Sequence[str]) -> Sequence[Status]:
+        with translated(self._url):
+            pipe = self.redis.pipeline(transaction=False)
+            for job_id in job_ids:
+                pipe.hgetall(self.keys.state(job_id))
+                pipe.get(self.keys.spec(job_id))
+            replies = pipe.execute()
+        return status.from_replies(job_ids, replies)
+
+    def _page(self, at: Reading) -> reading.Page:
+        with translated(self._url):
+            pipe = self.redis.pipeline(transaction=True)
+            pipe.xrange(self.keys.log(at.job_id), min=f"{max(1, at.cursor)}-0", count=reading.PAGE)
+            pipe.hmget(self.keys.state(at.job_id), reading.STATE_FIELDS)
+            entries, state = pipe.execute()
+        return reading.page(entries, state)
+
+    def _follow(self, following: Following, timeout: float | None = None) -> Iterator[tuple[str, Event]]:
+        until = None if timeout is None else self._clock() + timeout
+        while due := following.due():  # what has ended already needs no subscription
+            yield from following.read(due[0], self._page(due[0]))
+        answered = self._clock()
+        while following.open:
+            try:
+                with self._subscribed(following.open) as pubsub:
+                    following.reconnected()
+                    while following.open:
+                        batch = self._next(pubsub, following, until)
+                        answered = self._clock()
+                        yield from batch
+            except RedisUnavailable:
+                if self._clock() - answered > OUTAGE:
+                    raise
+                time.sleep(RECONNECT)
+
+    def _next(self, pubsub: PubSub, following: Following, until: float | None) -> Sequence[tuple[str, Event]]:
+        if due := following.due():
+            return following.read(due[0], self._page(due[0]))
+        wait = following.patience(LISTEN, until)
+        with translated(self._url):
+            message = pubsub.get_message(timeout=wait)
+        return following.take(message, self.keys.job_of)
+
+    @contextmanager
+    def _subscribed(self, job_ids: Sequence[str]) -> Iterator[PubSub]:
+        with self.redis.pubsub() as pubsub:
+            with translated(self._url):
+                pubsub.subscribe(*map(self.keys.chunks, job_ids))
+                for _ in job_ids:  # the log may be read only after the server has acknowledged each
+                    if pubsub.get_message(timeout=COMMAND_TIMEOUT) is None:
+                        raise redis.exceptions.TimeoutError("no acknowledgement of a subscription")
+            yield pubsub

@@ -1,0 +1,58 @@
+"""Every name in Redis, spelled once. The braces are literal.
+
+| name                    | type                 | holds                                                   |
+|-------------------------|----------------------|---------------------------------------------------------|
+| `P:{JOB}:spec`          | STRING               | the spec, JSON                                          |
+| `P:{JOB}:state`         | HASH                 | status, attempt, token, lease, seq, times, usage, ...   |
+| `P:{JOB}:log`           | STREAM               | the events, in packs                                    |
+| `P:{JOB}:chunks`        | PUB/SUB              | each event as it is appended, one JSON object           |
+| `P:open`                | ZSET                 | jobs without a terminal event, by when to look at them  |
+| `P:ended`               | STREAM, and PUB/SUB  | id and status of every job that ended                   |
+| `P-LANE`                | RQ queue             | deliveries: RQ jobs named `JOB-NONCE`                   |
+
+`P` is the prefix, `millstream` unless `MILLSTREAM_PREFIX` says otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+LANES = ("interactive", "batch")
+"""The lanes, the first served first."""
+
+DEFAULT_PREFIX = "millstream"
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """The names under one prefix."""
+
+    prefix: str = DEFAULT_PREFIX
+
+    def spec(self, job_id: str) -> str:
+        return f"{self.prefix}:{{{job_id}}}:spec"
+
+    def state(self, job_id: str) -> str:
+        return f"{self.prefix}:{{{job_id}}}:state"
+
+    def log(self, job_id: str) -> str:
+        return f"{self.prefix}:{{{job_id}}}:log"
+
+    def chunks(self, job_id: str) -> str:
+        return f"{self.prefix}:{{{job_id}}}:chunks"
+
+    @property
+    def open(self) -> str:
+        return f"{self.prefix}:open"
+
+    @property
+    def ended(self) -> str:
+        return f"{self.prefix}:ended"
+
+    def queue(self, lane: str) -> str:
+        """The RQ queue's name (RQ adds its own `rq:queue:` in front)."""
+        return f"{self.prefix}-{lane}"
+
+    def job_of(self, channel: str) -> str:
+        """The job id in the name of one of its keys or its channel."""
+        return channel[len(self.prefix) + 2 : channel.rindex("}")]

@@ -1,0 +1,193 @@
+"""Where a consumer stands in a job's log: what it has seen, what comes next, what is missing, what is void. Pure.
+
+The order that makes reading safe: subscribe, wait for the acknowledgement, then read the log from the cursor, then go
+live. What arrives on the channel meanwhile is at or below the cursor afterwards and is dropped; anything above the next
+seq means a message was lost (a slow consumer, a killed connection), and the log is read again.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import msgspec
+
+from .errors import JobExpired, JobNotFound, LogRewound, ResultTimeout
+from .events import TERMINAL_STATUSES, AnyEvent, Event, Terminal, decode, unpack
+
+SILENCE: Final = 15.0
+"""Seconds without a message of a job until its log is read again: a lost terminal event is noticed by then."""
+
+OUTAGE: Final = 300.0
+"""Seconds a follower outlasts a Redis that went away while it followed."""
+
+RECONNECT: Final = 0.25
+"""Seconds between its tries, beyond those of the connection itself."""
+
+LISTEN: Final = 2.0
+"""Longest wait inside one read of a subscription or feed, below the socket's own timeout."""
+
+PAGE: Final = 256
+"""Packs read from a log at once; a live pack is at most 64 KB, a usual one below 1 KB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A stretch of the log from the cursor on, with the job's state read in the same transaction.
+
+    `seq` is the last seq by the state, None when there is no such job; `last`: nothing came after this page;
+    `closed`: the job has its terminal event.
+    """
+
+    events: Sequence[AnyEvent]
+    seq: int | None
+    last: bool = True
+    closed: bool = False
+
+
+STATE_FIELDS: Final = ("seq", "status")
+"""The fields of the state that `page` wants, in this order."""
+
+
+def page(entries: Iterable[tuple[bytes, dict[bytes, bytes]]], state: Sequence[bytes | None]) -> Page:
+    """Make a page of what XRANGE on the log and HMGET of STATE_FIELDS answered in one transaction."""
+    listed = list(entries)
+    events = [event for entry_id, fields in listed for event in unpack(entry_id, fields)]
+    seq, status = state
+    closed = status is not None and status.decode() in TERMINAL_STATUSES
+    return Page(events, None if seq is None else int(seq), len(listed) < PAGE, closed)
+
+
+class Reading:
+    """One consumer's place in one job's log."""
+
+    def __init__(self, job_id: str, after: int = 0) -> None:
+        self.job_id = job_id
+        self.cursor = after
+        """The last seq that was taken."""
+        self.ended = False
+        self.known = False
+        self._attempt = 0  # of the event at the cursor; 0 = not seen by this reading
+
+    def heard(self, event: AnyEvent) -> list[Event] | None:
+        """Take an event from the channel. None: some are missing before it, read the log."""
+        if self.ended:
+            return []
+        if event.seq > self.cursor + 1:
+            return None
+        if event.seq <= self.cursor:
+            # Late copies of what was read from the log belong to the same or an earlier attempt.
+            if self._attempt and event.attempt > self._attempt:
+                raise LogRewound(self.job_id, self.cursor, event.seq)
+            return []
+        return self._take(event)
+
+    def read(self, found: Page) -> list[Event]:
+        """Take a page of the log."""
+        if found.seq is None:
+            raise JobExpired(self.job_id) if self.known else JobNotFound(self.job_id)
+        self.known = True
+        if self.cursor > found.seq:
+            raise LogRewound(self.job_id, self.cursor, found.seq)
+        taken: list[Event] = []
+        for event in found.events:
+            if event.seq == self.cursor and self._attempt and event.attempt != self._attempt:
+                raise LogRewound(self.job_id, self.cursor, found.seq)
+            if event.seq <= self.cursor:
+                continue
+            if event.seq > self.cursor + 1:
+                raise JobExpired(self.job_id)
+            taken += self._take(event)
+        if found.last and self.cursor < found.seq:
+            raise JobExpired(self.job_id)
+        if found.closed and self.cursor == found.seq:
+            self.ended = True  # also when the cursor started at the end
+        return taken
+
+    def _take(self, event: AnyEvent) -> list[Event]:
+        self.cursor, self._attempt = event.seq, event.attempt
+        if isinstance(event, Terminal):
+            self.ended = True
+        return [event] if isinstance(event, Event) else []
+
+
+class Following:
+    """Several readings behind one subscription: which logs to read now, and for how long to listen."""
+
+    def __init__(
+        self, job_ids: Iterable[str], after: int = 0, *, silence: float = SILENCE,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        self._readings = {job_id: Reading(job_id, after) for job_id in dict.fromkeys(job_ids)}
+        self._silence = silence
+        self._clock = clock
+        self._began = clock()
+        self._look_at: dict[str, float] = dict.fromkeys(self._readings, -math.inf)
+
+    @property
+    def open(self) -> list[str]:
+        """The jobs whose terminal event has not been taken."""
+        return list(self._look_at)
+
+    def due(self) -> list[Reading]:
+        """The readings whose log must be read now: new, with a gap, after a reconnect, or silent for too long."""
+        now = self._clock()
+        return [self._readings[job_id] for job_id, at in self._look_at.items() if at <= now]
+
+    def patience(self, longest: float, until: float | None) -> float:
+        """Seconds to listen: until a log is due or `until` (by the clock) has come. Raises ResultTimeout when it has."""
+        now = self._clock()
+        if until is not None and now >= until:
+            raise ResultTimeout(next(iter(self._look_at)), until - self._began)
+        soonest = min(min(self._look_at.values(), default=now), math.inf if until is None else until)
+        return min(longest, max(0.001, soonest - now))
+
+    def take(self, message: Mapping[str, Any] | None, job_of: Callable[[str], str]) -> list[tuple[str, Event]]:
+        """Take what redis-py's `get_message` gave: an event, the sign of a renewed subscription, or nothing."""
+        if message is None:
+            return []
+        job_id = job_of(message["channel"].decode())
+        if message["type"] == "subscribe":
+            self.reconnected(job_id)
+            return []
+        if message["type"] != "message":
+            return []
+        try:
+            event = decode(message["data"])
+        except (msgspec.MsgspecError, UnicodeError):
+            self.reconnected(job_id)  # anybody may publish; the log is the truth
+            return []
+        return [(job_id, each) for each in self.heard(job_id, event)]
+
+    def heard(self, job_id: str, event: AnyEvent) -> list[Event]:
+        """Take a message of the channel; a gap makes the job due."""
+        if job_id not in self._look_at:
+            return []
+        events = self._readings[job_id].heard(event)
+        if events is None:
+            self._look_at[job_id] = -math.inf
+            return []
+        self._heard_of(job_id)
+        return events
+
+    def read(self, reading: Reading, found: Page) -> list[tuple[str, Event]]:
+        """Take a page; a reading that has more pages stays due."""
+        events = reading.read(found)
+        if found.last or reading.ended:
+            self._heard_of(reading.job_id)
+        return [(reading.job_id, event) for event in events]
+
+    def reconnected(self, job_id: str | None = None) -> None:
+        """The subscription was renewed: whatever was published meanwhile is in the log."""
+        for each in self._look_at if job_id is None else [job_id]:
+            if each in self._look_at:
+                self._look_at[each] = -math.inf
+
+    def _heard_of(self, job_id: str) -> None:
+        if self._readings[job_id].ended:
+            del self._look_at[job_id]
+        else:
+            self._look_at[job_id] = self._clock() + self._silence
