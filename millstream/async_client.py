@@ -97,7 +97,7 @@ class AsyncClient:
             ids.append(job.new_id() if given is None else job.check_id(given))
             wanted.append(calls.submit(self.keys, self.settings, ids[-1], job.build(**asked)))
         return [
-            Job(id=job_id, created=created) for job_id, created in zip(ids, await self._run_many(wanted), strict=True)
+            Job(id=job_id, created=created) for job_id, created in zip(ids, await self.run_many(wanted), strict=True)
         ]
 
     async def cancel(self, job_id: str) -> str:
@@ -202,7 +202,7 @@ class AsyncClient:
                 reply = await self.redis.eval(script.text, len(call.keys), *call.keys, *call.args)
         return call.decode(reply)
 
-    async def _run_many(self, wanted: Sequence[Call[T]]) -> Sequence[T]:
+    async def run_many(self, wanted: Sequence[Call[T]]) -> Sequence[T]:
         if not wanted:
             return []
         with translated(self._url):

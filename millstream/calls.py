@@ -70,6 +70,13 @@ def submit(keys: Keys, settings: Settings, job_id: str, spec: Spec) -> Call[bool
     return Call("submit", names, args, decode)
 
 
+def redeliver(keys: Keys, job_id: str, lane: str) -> Call[bool]:
+    """Deliver a job that is accepted already once more. The value is whether it was put in its queue now."""
+    delivery = deliver(keys, job_id, lane)
+    names = [delivery.queue_key, QUEUES_KEY, delivery.job_key]
+    return Call("deliver", names, [delivery.queue_key, delivery.rq_id, *delivery.flat_fields], bool)
+
+
 def cancel(keys: Keys, job_id: str) -> Call[str]:
     """End an open job. The value is the status it has now."""
 

@@ -95,7 +95,7 @@ class Client:
             given = asked.pop("id", None)
             ids.append(job.new_id() if given is None else job.check_id(given))
             wanted.append(calls.submit(self.keys, self.settings, ids[-1], job.build(**asked)))
-        return [Job(id=job_id, created=created) for job_id, created in zip(ids, self._run_many(wanted), strict=True)]
+        return [Job(id=job_id, created=created) for job_id, created in zip(ids, self.run_many(wanted), strict=True)]
 
     def cancel(self, job_id: str) -> str:
         """End a job in whatever state; returns the status it has now: the first terminal event wins."""
@@ -194,7 +194,7 @@ class Client:
                 reply = self.redis.eval(script.text, len(call.keys), *call.keys, *call.args)
         return call.decode(reply)
 
-    def _run_many(self, wanted: Sequence[Call[T]]) -> Sequence[T]:
+    def run_many(self, wanted: Sequence[Call[T]]) -> Sequence[T]:
         if not wanted:
             return []
         with translated(self._url):

@@ -1,0 +1,165 @@
+"""Takes deliveries from the lanes, as many as there are free slots, and turns them into claimed jobs.
+
+    queue ──take──> intermediate list ──read──> entry ──claim──> relay
+                                          │                 └ busy, closed, unknown: the delivery is done with
+                                          └ poison: put aside with its reason
+
+While idle it waits with `BLMOVE queue queue LEFT LEFT`, which moves the head onto itself: it blocks until there is something
+and takes nothing, so that nothing can be lost in a reply, however the wait ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import redis.exceptions
+import structlog
+
+from millstream import calls
+from millstream.async_client import AsyncClient
+from millstream.calls import Claim
+from millstream.errors import RedisUnavailable, SpecError
+from millstream.job import Spec, parse
+
+from .clerk import Clerk
+from .rq_worker import Entry, PoisonError, StreamWorker
+
+BATCH: Final = 50
+PEEK: Final = 2.0
+"""Seconds one blocking wait lasts, below the socket's timeout."""
+
+SUSPENDED: Final = 0.5
+AWAY: Final = 0.5
+"""Seconds between looks while RQ is suspended, or Redis away."""
+
+log = structlog.get_logger()
+
+Begin = Callable[[Entry, Spec | SpecError, str, Claim], None]
+
+
+class Intake:
+    """The way in. `begin` is called for each job that was claimed."""
+
+    def __init__(self, client: AsyncClient, worker: StreamWorker, clerk: Clerk, slots: int, begin: Begin) -> None:
+        self._client = client
+        self._worker = worker
+        self._clerk = clerk
+        self._begin = begin
+        self._free = slots
+        self._freed = asyncio.Event()
+        self._peeks: dict[str, asyncio.Task[bool]] = {}
+
+    def free(self) -> None:
+        """A slot is free again."""
+        self._free += 1
+        self._freed.set()
+
+    async def run(self, *, burst: bool) -> None:
+        """Until cancelled; with `burst` until the lanes are empty."""
+        try:
+            while True:
+                self._freed.clear()
+                if self._free <= 0:
+                    await self._freed.wait()
+                    continue
+                try:
+                    taken = await self._client.run(self._worker.take(min(self._free, BATCH)))
+                    if taken:
+                        await self._turn_in(taken)
+                    elif burst:
+                        return
+                    else:
+                        await self._wait(suspended=taken is None)
+                except RedisUnavailable as error:
+                    log.warning("intake.redis_away", reason=str(error))
+                    await asyncio.sleep(AWAY)
+        finally:
+            for peek in self._peeks.values():
+                peek.cancel()
+
+    async def _wait(self, *, suspended: bool) -> None:
+        if suspended:
+            await asyncio.sleep(SUSPENDED)
+            return
+        for key in self._worker.queue_keys():
+            if key not in self._peeks:
+                self._peeks[key] = asyncio.create_task(self._peek(key))
+        done, _ = await asyncio.wait(self._peeks.values(), return_when=asyncio.FIRST_COMPLETED)
+        self._peeks = {key: peek for key, peek in self._peeks.items() if peek not in done}
+        for peek in done:
+            peek.result()
+
+    async def _peek(self, key: str) -> bool:
+        try:
+            return await self._client.redis.blmove(key, key, PEEK, "LEFT", "LEFT") is not None
+        except redis.exceptions.RedisError as error:
+            raise RedisUnavailable(str(error)) from error
+
+    async def _turn_in(self, taken: Sequence[tuple[int, str]]) -> None:
+        entries = await self._read(taken)
+        if not entries:
+            return
+        tokens = [secrets.token_hex(8) for _ in entries]
+        keys, lease = self._client.keys, self._client.settings.lease
+        wanted = [calls.claim(keys, each.job_id, token, lease) for each, token in zip(entries, tokens, strict=True)]
+        claims = await self._client.run_many(wanted)
+        held = [each for each in zip(entries, tokens, claims, strict=True) if each[2].outcome == "claimed"]
+        specs = await self._specs([entry.job_id for entry, _, _ in held])
+        for (entry, token, claim), spec in zip(held, specs, strict=True):
+            self._free -= 1
+            self._clerk.started(entry)
+            self._begin(entry, spec, token, claim)
+        for entry, claim in zip(entries, claims, strict=True):
+            if claim.outcome != "claimed":
+                log.info("intake.nothing_to_do", job=entry.job_id, because=claim.outcome, status=claim.status)
+                self._clerk.ended(entry, claim.status or claim.outcome)
+
+    async def _read(self, taken: Sequence[tuple[int, str]]) -> list[Entry]:
+        pipe = self._client.redis.pipeline(transaction=False)
+        for _, rq_id in taken:
+            pipe.hgetall(self._worker.job_key(rq_id))
+        try:
+            hashes = await pipe.execute(raise_on_error=False)
+        except redis.exceptions.RedisError as error:
+            raise RedisUnavailable(str(error)) from error
+        entries = []
+        for (queue_number, rq_id), fields in zip(taken, hashes, strict=True):
+            try:
+                entries.append(self._read_one(queue_number, rq_id, fields))
+            except PoisonError as poison:
+                log.warning("intake.put_aside", rq_job=rq_id[:100], reason=str(poison))
+                keep = isinstance(fields, dict) and bool(fields)
+                await self._clerk.do(
+                    lambda n=queue_number, i=rq_id, p=poison, k=keep: self._worker.put_aside(n, i, str(p), keep=k)
+                )
+        return entries
+
+    def _read_one(self, queue_number: int, rq_id: str, fields: Any) -> Entry:
+        if not isinstance(fields, dict):
+            raise PoisonError("its hash is of another type")
+        try:
+            return self._worker.read(queue_number, rq_id, fields)
+        except (ValueError, TypeError) as error:  # RQ's own refusal of an id
+            raise PoisonError(str(error)[:200]) from None
+
+    async def _specs(self, job_ids: Sequence[str]) -> list[Spec | SpecError]:
+        if not job_ids:
+            return []
+        try:
+            bodies = await self._client.redis.mget([self._client.keys.spec(job_id) for job_id in job_ids])
+        except redis.exceptions.RedisError as error:
+            # The claims hold; their leases run out and the sweep brings the jobs back.
+            raise RedisUnavailable(str(error)) from error
+        return [_spec(body) for body in bodies]
+
+
+def _spec(body: bytes | None) -> Spec | SpecError:
+    if body is None:
+        return SpecError("the spec is missing")
+    try:
+        return parse(body)
+    except SpecError as error:
+        return error

@@ -1,0 +1,225 @@
+"""One job's events on their way to the log: what waits, what is frozen into a call, what was acknowledged. Pure.
+
+    text(), event() ──> waiting ──freeze()──> frame ──answered("ok")──> kept (the last 64 KB)
+                                                │
+                                                └─ unanswered: sent again, byte for byte
+
+Seqs are given when events are frozen. A frozen frame never changes until it is answered, because the server may have it:
+text merged into a retried frame would be answered `duplicate` and lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+import msgspec
+
+from millstream.calls import Ending, Frame
+from millstream.events import compact, compact_text
+
+MAX_FRAME: Final = 64 * 1024
+"""Bytes of one job's events in one call: a long answer must not hold up its siblings."""
+
+MAX_TEXT: Final = 16 * 1024
+"""Characters of one chunk event; longer text becomes several."""
+
+FULL: Final = 256 * 1024
+"""Characters waiting at which the upstream is no longer read."""
+
+KEPT: Final = 64 * 1024
+"""Bytes acknowledged that can be sent again, should the server lose them in a failover."""
+
+_CHUNK_STARTS: Final = (b'"', b"[", b'{"type":"chunk"')
+
+Stopped = Callable[[str], None]
+
+
+class Outbox:
+    """The events of one attempt at one job."""
+
+    def __init__(self, job_id: str, token: str, attempt: int, seq: int, on_stop: Stopped) -> None:
+        self.job_id = job_id
+        self.token = token
+        self._on_stop = on_stop
+        self.stopped: str | None = None
+        """Why nothing more may be written: closed, fenced, unknown, error or log_lost."""
+        self.ended = False
+        """Whether the terminal event was acknowledged."""
+        self.written_at = 0.0
+        """When the last frame was acknowledged, by the loop's clock; the writer's to set."""
+        self.usage = b""
+        """Running usage (JSON) for the state, sent with the next frame."""
+        self._waiting: deque[bytes] = deque()
+        self._texts: list[str] = []
+        self._index = 0
+        self._merged = 0
+        self._length = 0  # of self._texts
+        self._size = 0  # of everything that waits
+        self._frame: Frame | None = None
+        self._kept: deque[bytes] = deque()
+        self._kept_size = 0
+        self._ending: Ending | None = None
+        self._room = asyncio.Event()
+        self._settled = asyncio.Event()
+        self.begin(attempt, seq)
+
+    def begin(self, attempt: int, seq: int) -> None:
+        """A new attempt starts after `seq`. Nothing may be in flight."""
+        self.attempt, self.seq = attempt, seq
+        self.shown = False
+        """Whether a chunk of this attempt was frozen: from then on it may have been seen."""
+        self._room.set()
+        self._settled.set()
+
+    # Filling -----------------------------------------------------------------------------------------------------
+
+    def text(self, index: int, text: str, n: int = 1) -> None:
+        """Content of a choice; merges with what waits of the same choice."""
+        if self._texts and (index != self._index or self._length >= MAX_TEXT):
+            self._close_text()
+        self._index = index
+        self._merged += n
+        if len(text) <= MAX_TEXT:
+            self._texts.append(text)
+            self._length += len(text)
+        else:
+            for start in range(0, len(text), MAX_TEXT):
+                self._texts.append(text[start : start + MAX_TEXT])
+                self._close_text()
+        self._grow(len(text))
+
+    def event(self, event: bytes) -> None:
+        """Any other event, in compact form."""
+        self._close_text()
+        self._waiting.append(event)
+        self._grow(len(event))
+
+    def finish(self, event: bytes, ending: Ending) -> None:
+        """The terminal event. Nothing may follow."""
+        self.event(event)
+        self._ending = ending
+
+    def drop_chunks(self) -> None:
+        """Forget the chunks nobody has seen, because the attempt they belong to broke."""
+        self._texts.clear()
+        self._length = self._merged = 0
+        self._waiting = deque(event for event in self._waiting if not event.startswith(_CHUNK_STARTS))
+        self._shrink()
+
+    def _close_text(self) -> None:
+        if self._texts:
+            self._waiting.append(compact_text("".join(self._texts), self._index, max(1, self._merged)))
+            self._texts.clear()
+            self._length = self._merged = 0
+
+    def _grow(self, size: int) -> None:
+        self._size += size
+        self._settled.clear()
+        if self._size >= FULL:
+            self._room.clear()
+
+    def _shrink(self) -> None:
+        self._size = self._length + sum(map(len, self._waiting))
+        if self._size < FULL:
+            self._room.set()
+        if self._frame is None and not self.waiting:
+            self._settled.set()
+
+    @property
+    def full(self) -> bool:
+        """Whether the upstream must not be read for now."""
+        return self._size >= FULL
+
+    async def room(self) -> None:
+        """Wait until more may be put in."""
+        await self._room.wait()
+
+    async def settled(self) -> None:
+        """Wait until everything was acknowledged, or refused."""
+        await self._settled.wait()
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there is something to freeze."""
+        return bool(self._waiting or self._texts)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a frame is unanswered."""
+        return self._frame is not None
+
+    # Sending -----------------------------------------------------------------------------------------------------
+
+    def freeze(self) -> Frame:
+        """The next frame, at most MAX_FRAME long but for one larger event; without events it is a heartbeat."""
+        if self._frame is not None:
+            return self._frame
+        self._close_text()
+        events: list[bytes] = []
+        size = 0
+        while self._waiting and (not events or size + len(self._waiting[0]) <= MAX_FRAME):
+            event = self._waiting.popleft()
+            size += len(event)
+            events.append(event)
+            self.shown = self.shown or event.startswith(_CHUNK_STARTS)
+        ending = None if self._waiting else self._ending
+        self._frame = Frame(self.job_id, self.token, self.attempt, self.seq + 1, events, self.usage, ending)
+        self.usage = b""
+        return self._frame
+
+    def answered(self, code: str, seq: int) -> None:
+        """The server's answer to the frame."""
+        frame, self._frame = self._frame, None
+        assert frame is not None
+        if code in ("ok", "duplicate"):
+            self.seq = frame.first + len(frame.events) - 1
+            self.ended = frame.ending is not None
+            for event in frame.events:
+                self._keep(event)
+        elif code == "gap":
+            self._go_back(frame, seq)
+        else:
+            self._stop(code)
+        self._shrink()
+
+    def _keep(self, event: bytes) -> None:
+        self._kept.append(event)
+        self._kept_size += len(event)
+        while self._kept_size > KEPT:
+            self._kept_size -= len(self._kept.popleft())
+
+    def _go_back(self, frame: Frame, seq: int) -> None:
+        """The server lost events that it had acknowledged: send the same ones again, or fail the job honestly."""
+        lost = self.seq - seq
+        self.seq = seq
+        if lost <= len(self._kept):
+            again = [self._kept.pop() for _ in range(lost)][::-1]
+            self._kept_size -= sum(map(len, again))
+            self._waiting.extendleft(reversed([*again, *frame.events]))
+            return
+        self._clear()
+        self.finish(
+            compact("failed", finish_reasons={}, error=_LOG_LOST),
+            Ending("failed", b"{}", msgspec.json.encode(_LOG_LOST)),
+        )
+        self._notify("log_lost")
+
+    def _stop(self, code: str) -> None:
+        self._clear()
+        self._notify(code)
+
+    def _clear(self) -> None:
+        self._waiting.clear()
+        self._texts.clear()
+        self._length = self._merged = 0
+
+    def _notify(self, code: str) -> None:
+        if self.stopped is None:
+            self.stopped = code
+            self._on_stop(code)
+
+
+_LOG_LOST: Final = {"code": "log_lost", "message": "Redis lost more of the log than the worker still had"}

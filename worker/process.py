@@ -1,0 +1,190 @@
+"""One worker process: one loop, its services, its signals, its end.
+
+The order of an end matters: first nothing new is taken, then running jobs drain within the grace, then what is left is handed
+over (lease released, delivered again), then the books are closed. The writer goes last, because all of them write.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Coroutine
+from typing import Any
+
+import structlog
+
+from millstream import calls
+from millstream.async_client import AsyncClient
+from millstream.calls import Claim
+from millstream.errors import RedisUnavailable, SpecError
+from millstream.job import Spec
+from millstream.redis_door import connect_async
+from millstream.settings import Settings
+
+from .clerk import Clerk
+from .clocks import Ticker
+from .intake import Intake
+from .relay import Relay, Services
+from .rq_worker import Entry, StreamWorker
+from .sweeper import Sweeper
+from .upstream import Upstream
+from .writer import Writer
+
+HAND_OVER = 5.0
+"""Seconds to hand the remaining jobs over; what does not make it comes back when its lease runs out."""
+
+log = structlog.get_logger()
+
+
+class Process:
+    """Everything one worker process runs."""
+
+    def __init__(self, worker: StreamWorker, settings: Settings) -> None:
+        self._worker = worker
+        self._settings = settings
+        self._stopping = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._running: dict[asyncio.Task[str], tuple[Entry, Relay]] = {}
+        self._client = AsyncClient(settings=settings)
+        # The writer does its own waiting, so that a frozen call is answered before anything else is sent.
+        line = AsyncClient(settings=settings, connection=connect_async(settings.redis_url, retries=0))
+        self._line = line
+        self._clerk = Clerk(worker)
+        self._upstream = Upstream(
+            settings.base_url,
+            settings.api_key,
+            connections=settings.streams + 16,
+            connect_timeout=settings.connect_timeout,
+        )
+        self._services = Services(
+            run=self._client.run,
+            keys=settings.keys,
+            settings=settings,
+            writer=Writer(line.run, settings.keys, settings.lease, settings.flush_ms and settings.flush_ms / 1000),
+            ticker=Ticker(),
+            upstream=self._upstream,
+            worker=worker.name,
+        )
+        self._intake = Intake(self._client, worker, self._clerk, settings.streams, self._begin)
+
+    async def run(self, *, burst: bool) -> None:
+        """Until a signal, or with `burst` until the lanes are empty and every job has ended."""
+        loop = asyncio.get_running_loop()
+        for each in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(each, self._on_signal)
+        self._worker.on_stop = lambda rq_id: loop.call_soon_threadsafe(self._stop_job, rq_id)
+        await self._clerk.do(self._worker.born)
+        log.info(
+            "worker.ready", worker=self._worker.name, streams=self._settings.streams, lanes=self._worker.queue_names()
+        )
+        services = [
+            self._service(self._services.writer.run()),
+            self._service(self._services.ticker.run()),
+            self._service(self._clerk.run()),
+            self._service(self._clerk.beat()),
+            self._service(Sweeper(self._client).run()),
+        ]
+        try:
+            await self._work(burst=burst)
+            await self._drain()
+        finally:
+            for service in services[1:]:
+                service.cancel()
+            await self._clerk.close()
+            services[0].cancel()
+            await asyncio.gather(*services, return_exceptions=True)
+            await self._upstream.close()
+            await self._client.close()
+            await self._line.close()
+        log.info("worker.stopped", worker=self._worker.name)
+
+    def _service(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(coroutine)
+        task.add_done_callback(self._service_ended)
+        return task
+
+    def _service_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("worker.broken", exc_info=error)  # a bug: hand the jobs over rather than limp on
+            self._on_signal()
+            self._on_signal()
+
+    # Working -----------------------------------------------------------------------------------------------------
+
+    async def _work(self, *, burst: bool) -> None:
+        intake = asyncio.create_task(self._intake.run(burst=burst))
+        stop = asyncio.create_task(self._stopping.wait())
+        await asyncio.wait([intake, stop], return_when=asyncio.FIRST_COMPLETED)
+        if intake.done() and burst:
+            intake.result()
+            while self._running and not self._stopping.is_set():
+                await asyncio.wait([stop, *self._running], return_when=asyncio.FIRST_COMPLETED)
+        intake.cancel()
+        stop.cancel()
+        ended = await asyncio.gather(intake, stop, return_exceptions=True)
+        if isinstance(ended[0], Exception):
+            raise ended[0]
+
+    def _begin(self, entry: Entry, spec: Spec | SpecError, token: str, claim: Claim) -> None:
+        relay = Relay(self._services, entry.job_id, spec, token, claim)
+        task = asyncio.create_task(relay.run())
+        self._running[task] = (entry, relay)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[str]) -> None:
+        entry, _ = self._running.pop(task)
+        self._intake.free()
+        if task.cancelled():
+            status = "stopped"
+        elif (error := task.exception()) is not None:
+            log.error("job.broken", job=entry.job_id, exc_info=error)  # its lease runs out; another attempt follows
+            status = "failed"
+        else:
+            status = task.result()
+        self._clerk.ended(entry, {"closed": "stopped", "fenced": "stopped"}.get(status, status))
+
+    def _stop_job(self, rq_id: str) -> None:
+        """RQ's stop-job: cancel the job for good."""
+        for entry, _ in self._running.values():
+            if entry.rq_job.id == rq_id:
+                self._service(self._cancel(entry.job_id))
+
+    async def _cancel(self, job_id: str) -> None:
+        try:
+            await self._client.run(calls.cancel(self._settings.keys, job_id))
+        except RedisUnavailable as error:
+            log.warning("job.stop_failed", job=job_id, reason=str(error))
+
+    # Ending ------------------------------------------------------------------------------------------------------
+
+    def _on_signal(self) -> None:
+        if self._stopping.is_set():
+            self._hurry.set()
+        else:
+            log.info("worker.stopping", jobs=len(self._running), grace=self._settings.grace)
+        self._stopping.set()
+
+    async def _drain(self) -> None:
+        """Let running jobs end within the grace, then hand the rest over at once."""
+        hurry = asyncio.create_task(self._hurry.wait())
+        deadline = asyncio.get_running_loop().time() + self._settings.grace
+        while self._running and not self._hurry.is_set():
+            left = deadline - asyncio.get_running_loop().time()
+            if left <= 0:
+                break
+            await asyncio.wait([hurry, *self._running], timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        hurry.cancel()
+        if self._running:
+            await self._hand_over()
+
+    async def _hand_over(self) -> None:
+        left = dict(self._running)
+        log.info("worker.handing_over", jobs=len(left))
+        for _, relay in left.values():
+            relay.hand_over()
+        done, _ = await asyncio.wait(left, timeout=HAND_OVER)
+        for task in done:
+            if not task.cancelled() and task.exception() is None and task.result() == "released":
+                entry = left[task][0]
+                lane = entry.rq_job.origin.removeprefix(f"{self._settings.prefix}-")
+                await self._client.run(calls.redeliver(self._settings.keys, entry.job_id, lane))

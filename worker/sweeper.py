@@ -1,0 +1,69 @@
+"""Brings back the jobs nobody works on: leases that ran out at once, vanished deliveries after long patience.
+
+Every worker sweeps; the script rescores what it hands out, so that several sweeps take different jobs. A process sweeps only
+after a whole lease of unbroken connection: after an outage of Redis the living holders must get to renew first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final
+
+import redis.exceptions
+import structlog
+
+from millstream import calls
+from millstream.async_client import AsyncClient
+from millstream.delivery import job_of, queue_key
+from millstream.errors import RedisUnavailable
+from millstream.keys import LANES
+
+EVERY: Final = 1.0
+BATCH: Final = 200
+
+log = structlog.get_logger()
+
+
+class Sweeper:
+    """Looks at the open jobs that are due."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+        self._healthy_since: float | None = None
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        loop = asyncio.get_running_loop()
+        lease = self._client.settings.lease
+        while True:
+            await asyncio.sleep(min(EVERY, lease / 4))
+            try:
+                due = await self._due()
+                if self._healthy_since is None:
+                    self._healthy_since = loop.time()
+                if due and loop.time() - self._healthy_since >= lease:
+                    await self._sweep(due)
+            except (RedisUnavailable, redis.exceptions.RedisError):
+                self._healthy_since = None
+
+    async def _due(self) -> list[str]:
+        pipe = self._client.redis.pipeline(transaction=False)
+        pipe.time()
+        pipe.zrange(self._client.keys.open, 0, BATCH - 1, withscores=True)
+        (seconds, micros), scored = await pipe.execute()
+        now = seconds * 1000 + micros // 1000
+        return [member.decode() for member, score in scored if score <= now]
+
+    async def _sweep(self, due: list[str]) -> None:
+        keys, lease = self._client.keys, self._client.settings.lease
+        oldest = {lane: await self._oldest(lane) for lane in LANES}
+        for job_id, lane, why in await self._client.run(calls.sweep(keys, lease, due, oldest)):
+            await self._client.run(calls.redeliver(keys, job_id, lane))
+            log.info("sweep.delivered_again", job=job_id, lane=lane, because=why)
+
+    async def _oldest(self, lane: str) -> int | None:
+        """When the job at the head of a lane's queue was submitted (ms); None for an empty lane."""
+        head = await self._client.redis.lindex(queue_key(self._client.keys, lane), 0)
+        job_id = job_of(head.decode("utf-8", "replace")) if head else None
+        created = await self._client.redis.hget(self._client.keys.state(job_id), "created") if job_id else None
+        return int(created) if created else None

@@ -1,0 +1,8 @@
+"""The upstream: an OpenAI-compatible API, asked through the openai package and read as bytes."""
+
+from .answer import Answer, Verdict
+from .chunks import Finish, Piece, Usage
+from .client import Stream, Upstream
+from .failures import UpstreamFailure
+
+__all__ = ["Answer", "Finish", "Piece", "Stream", "Upstream", "UpstreamFailure", "Usage", "Verdict"]

@@ -1,0 +1,76 @@
+"""Is the answer whole? What the upstream said about each choice, and what that amounts to. Pure.
+
+`completed` only when every requested choice has a finish reason that means the end and no error was seen. `[DONE]`, a closed
+connection or silence prove nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from .chunks import Finish, Part, Piece, Usage
+from .failures import UpstreamFailure
+
+COMPLETE: Final = frozenset({"stop", "tool_calls", "function_call"})
+INCOMPLETE: Final = frozenset({"length", "content_filter"})
+
+BYTES_PER_TOKEN: Final = 4
+"""For estimates only: OpenAI's own rule of thumb for English."""
+
+
+@dataclass(slots=True, frozen=True)
+class Verdict:
+    """How an attempt ended: `completed` or `incomplete`, with the reasons by choice."""
+
+    status: str
+    finish_reasons: dict[int, str]
+    usage: dict[str, Any]
+
+
+@dataclass(slots=True)
+class Answer:
+    """One attempt's answer so far."""
+
+    choices: int = 1
+    prompt_bytes: int = 0
+    reasons: dict[int, str] = field(default_factory=dict)
+    pieces: int = 0
+    measured: dict[str, Any] | None = None
+
+    def take(self, part: Part) -> None:
+        """Note what a part says."""
+        if isinstance(part, Piece):
+            self.pieces += 1
+        elif isinstance(part, Finish):
+            self.reasons[part.index] = part.reason
+        elif isinstance(part, Usage):
+            self.measured = part.usage
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        """The upstream's count, else an estimate marked as one: a piece is about a token."""
+        if self.measured is not None:
+            return self.measured
+        prompt = -(-self.prompt_bytes // BYTES_PER_TOKEN)
+        return {
+            "prompt_tokens": prompt, "completion_tokens": self.pieces, "total_tokens": prompt + self.pieces, "estimated": True,
+        }  # fmt: skip
+
+    def verdict(self, *, done: bool) -> Verdict:
+        """What it amounts to now that the stream is over; `done`: a `[DONE]` was seen. Raises UpstreamFailure."""
+        known = COMPLETE | INCOMPLETE
+        for index, reason in self.reasons.items():
+            if reason not in known:
+                raise UpstreamFailure(
+                    "upstream_aborted", f"choice {index} ended with {reason!r}, which does not mean a whole answer"
+                )
+        missing = [index for index in range(self.choices) if index not in self.reasons]
+        if missing:
+            how = "said [DONE]" if done else "closed the stream"
+            raise UpstreamFailure(
+                "stream_truncated",
+                f"the upstream {how} without a finish_reason for choice {missing[0]}; the answer may be cut",
+            )
+        short = any(reason in INCOMPLETE for reason in self.reasons.values())
+        return Verdict("incomplete" if short else "completed", dict(self.reasons), self.usage)

@@ -1,0 +1,187 @@
+"""One upstream: makes the request with the openai package, reads the body itself. The only module that imports openai."""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import json
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+import aiohttp
+import httpx2
+import openai
+from openai import AsyncOpenAI, AsyncStream
+
+from millstream.job import Spec
+
+from . import chunks
+from .chunks import DONE, Part
+from .failures import UpstreamFailure, from_error, from_status
+from .sse import EventTooLargeError, Named, SseDecoder
+from .transport import RawBodyTransport, body_of
+
+MAX_ANSWER: Final = 512 * 1024 * 1024
+"""Bytes of one response, JSON and all; an endless stream ends here."""
+
+DRAIN: Final = 1.0
+"""Seconds to wait for the end of a finished body, so that its connection can be used again."""
+
+
+class Upstream:
+    """An OpenAI-compatible API. Its key never leaves this object."""
+
+    def __init__(self, base_url: str, api_key: str | None, *, connections: int, connect_timeout: float) -> None:
+        self.name = httpx2.URL(base_url).host
+        self._key = api_key or ""
+        self._client = AsyncOpenAI(
+            base_url=base_url,
+            api_key=api_key or "none",
+            max_retries=0,  # retries have one owner: worker/retries.py
+            timeout=httpx2.Timeout(None),  # clocks are the loop's: worker/clocks.py
+            http_client=httpx2.AsyncClient(
+                transport=RawBodyTransport(connections, connect_timeout), follow_redirects=False, trust_env=False
+            ),
+        )
+        self._draining: set[asyncio.Task[None]] = set()
+
+    async def close(self) -> None:
+        """Close every connection."""
+        for task in self._draining:
+            task.cancel()
+        await self._client.close()
+
+    @asynccontextmanager
+    async def ask(self, spec: Spec) -> AsyncIterator[Stream]:
+        """Send the request and give the stream of its answer. Leaving early closes the connection at once.
+
+        Raises UpstreamFailure.
+        """
+        body = {
+            **spec.params, "model": spec.model, "messages": spec.messages,
+            "stream": True, "stream_options": {"include_usage": True},
+        }  # fmt: skip
+        try:
+            answer = await self._client.post(
+                "/chat/completions", body=body, cast_to=object, stream=True, stream_cls=AsyncStream[object]
+            )
+        except openai.APIStatusError as error:
+            raise self._redacted(_from_response(error.response, error.body)) from None
+        except openai.APIConnectionError as error:
+            cause = error.__cause__ or error
+            raise self._redacted(UpstreamFailure("upstream_unreachable", str(cause)[:300])) from None
+        response = body_of(answer.response)
+        stream = Stream(response)
+        try:
+            await _check_kind(response)
+            yield stream
+        except UpstreamFailure as failure:
+            raise self._redacted(failure) from None
+        finally:
+            if stream.done:
+                self._drain(response)
+            else:
+                response.close()
+
+    def _drain(self, response: aiohttp.ClientResponse) -> None:
+        task = asyncio.create_task(_read_to_end(response))
+        self._draining.add(task)
+        task.add_done_callback(self._draining.discard)
+
+    def _redacted(self, failure: UpstreamFailure) -> UpstreamFailure:
+        """The failure without the key, should the upstream have echoed it."""
+        if len(self._key) >= 8 and self._key in failure.message:  # noqa: PLR2004 - shorter ones are no secrets
+            failure.message = failure.message.replace(self._key, "***")
+            failure.args = (f"{failure.code}: {failure.message}",)
+        return failure
+
+
+class Stream:
+    """The answer as it comes."""
+
+    def __init__(self, body: aiohttp.ClientResponse) -> None:
+        self._body = body
+        self._decoder = SseDecoder()
+        self._bytes = 0
+        self.done = False
+        """Whether `[DONE]` was seen; nothing after it counts."""
+
+    async def read(self) -> list[Part] | None:
+        """The parts of the next packet, perhaps none; None at the end. Raises UpstreamFailure."""
+        try:
+            packet = await self._body.content.readany()
+        except (aiohttp.ClientError, OSError, EOFError) as error:
+            raise UpstreamFailure("stream_broken", f"the connection broke ({type(error).__name__})") from None
+        self._bytes += len(packet)
+        if self._bytes > MAX_ANSWER:
+            raise UpstreamFailure("answer_too_large", f"the answer exceeds {MAX_ANSWER:,} bytes", retryable=False)
+        try:
+            events = self._decoder.feed(packet) if packet else self._decoder.close()
+        except EventTooLargeError:
+            raise UpstreamFailure("event_too_large", "one event exceeds 4 MB", retryable=False) from None
+        found: list[Part] = []
+        for event in events:
+            if isinstance(event, Named):
+                chunks.named(event.name, event.data)
+            elif event.startswith(DONE):
+                self.done = True
+                return found
+            elif event.strip():
+                found += chunks.parts(event)
+        return found if packet or found else None
+
+
+async def _check_kind(body: aiohttp.ClientResponse) -> None:
+    """A 200 may still be an error page. Raises UpstreamFailure unless it is an event stream, uncompressed."""
+    encoding = body.headers.get("content-encoding", "identity").lower()
+    if encoding not in ("", "identity"):
+        raise UpstreamFailure("malformed_stream", f"the upstream sent {encoding[:20]!r} although none was asked for")
+    kind = body.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "text/event-stream":
+        return
+    try:
+        start = await asyncio.wait_for(body.content.read(64 * 1024), timeout=5)
+    except (aiohttp.ClientError, OSError, TimeoutError):
+        start = b""
+    try:
+        found = json.loads(start)
+    except ValueError:
+        found = None
+    if isinstance(found, dict) and found.get("error"):
+        raise from_error(found["error"])
+    raise UpstreamFailure("malformed_stream", f"found {kind[:60] or 'no content type'!r}, expected an event stream")
+
+
+async def _read_to_end(body: aiohttp.ClientResponse) -> None:
+    try:
+        async with asyncio.timeout(DRAIN):
+            while await body.content.readany():
+                pass
+            body.release()
+    except (aiohttp.ClientError, OSError, TimeoutError):
+        pass
+    finally:
+        body.close()  # nothing to do when it was released
+
+
+def _from_response(response: httpx2.Response, body: Any) -> UpstreamFailure:
+    return from_status(response.status_code, body, retry_after(response.headers))
+
+
+def retry_after(headers: Mapping[str, str], now: float | None = None) -> float | None:
+    """Seconds the upstream asks to wait: `retry-after-ms`, else `retry-after` in seconds or as an HTTP date."""
+    try:
+        return max(0.0, float(headers["retry-after-ms"]) / 1000)
+    except (KeyError, ValueError):
+        pass
+    text = headers.get("retry-after", "")
+    try:
+        seconds = float(text)
+    except ValueError:
+        date = email.utils.parsedate_tz(text)
+        if date is None:
+            return None
+        seconds = email.utils.mktime_tz(date) - (time.time() if now is None else now)
+    return seconds if 0 <= seconds < 86400 else None  # noqa: PLR2004 - also refuses NaN

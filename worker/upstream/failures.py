@@ -1,0 +1,92 @@
+"""What can go wrong between a request and a whole answer, and which of it is worth another try.
+
+The tables follow the OpenAI API reference and what its dialects were seen to send; anything unknown is worth another try
+unless its status says that the request itself is at fault.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+RETRYABLE_STATUSES: Final = frozenset({408, 409, 425, 429})
+"""Besides every 5xx (529, "overloaded", included)."""
+
+FINAL_CODES: Final = frozenset(
+    {
+        "insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "enforced_spend_limit_reached",
+        "access_terminated", "account_deactivated", "invalid_api_key", "model_not_found", "context_length_exceeded",
+        "content_policy_violation", "content_filter", "invalid_request_error", "invalid_prompt", "unsupported_parameter",
+        "string_above_max_length", "invalid_value", "invalid_type", "unsupported_value", "missing_required_parameter",
+    }
+)  # fmt: skip
+"""Codes that never pass by waiting, whatever the status: a 429 for an empty account is still a 429."""
+
+MESSAGE_LIMIT: Final = 1000
+
+
+class UpstreamFailure(Exception):  # noqa: N818 - the failure is the upstream's, not an error of this program
+    """An attempt at the upstream came to nothing.
+
+    `code`: one word for the event and the log; `retryable`: whether the same request may succeed later;
+    `retry_after`: seconds the upstream asked for, if it did; `status`: the HTTP status, 0 without one.
+    """
+
+    def __init__(
+        self, code: str, message: str, *, retryable: bool = True, retry_after: float | None = None, status: int = 0
+    ) -> None:
+        super().__init__(f"{code}: {message}")
+        self.code = code
+        self.message = message[:MESSAGE_LIMIT]
+        self.retryable = retryable
+        self.retry_after = retry_after
+        self.status = status
+
+    @property
+    def error(self) -> dict[str, Any]:
+        """The `error` of an event."""
+        return {"code": self.code, "message": self.message, **({"status": self.status} if self.status else {})}
+
+
+def from_status(status: int, body: Any, retry_after: float | None = None) -> UpstreamFailure:
+    """What a response with an error status means; `body` is its JSON, its text, or None."""
+    code, message = describe(body)
+    retryable = (status in RETRYABLE_STATUSES or status >= 500) and code not in FINAL_CODES  # noqa: PLR2004
+    if 300 <= status < 400:  # noqa: PLR2004
+        code, message = "redirect", "the upstream redirects elsewhere; name its final address in OPENAI_BASE_URL"
+    return UpstreamFailure(
+        code or f"http_{status}", message or f"the upstream answered {status}",
+        retryable=retryable, retry_after=retry_after, status=status,
+    )  # fmt: skip
+
+
+def from_error(error: Any) -> UpstreamFailure:
+    """What an error inside a stream that began with 200 means: an object, a string, or something else."""
+    code, message = describe(error)
+    status = _status_in(error)
+    retryable = code not in FINAL_CODES and not (400 <= status < 500 and status not in RETRYABLE_STATUSES)  # noqa: PLR2004
+    return UpstreamFailure(
+        code or "upstream_error", message or "the upstream reported an error without a message",
+        retryable=retryable, status=status,
+    )  # fmt: skip
+
+
+def describe(body: Any) -> tuple[str, str]:
+    """The code and message in an error body of any known shape; empty strings where there is none."""
+    error = body.get("error", body) if isinstance(body, dict) else body
+    if isinstance(error, str):
+        return "", " ".join(error.split())[:MESSAGE_LIMIT]
+    if not isinstance(error, dict):
+        return "", ""
+    message = error.get("message") or error.get("detail") or ""
+    for name in ("code", "type"):
+        value = error.get(name)
+        if isinstance(value, str) and value and not value.isdigit():
+            return value[:64], str(message)[:MESSAGE_LIMIT]
+    return "", str(message)[:MESSAGE_LIMIT]
+
+
+def _status_in(error: Any) -> int:
+    inner = error.get("error", error) if isinstance(error, dict) else None
+    code = inner.get("code") or inner.get("status") if isinstance(inner, dict) else None
+    text = str(code)
+    return int(text) if text.isdigit() and 100 <= int(text) < 600 else 0  # noqa: PLR2004

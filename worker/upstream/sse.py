@@ -1,0 +1,125 @@
+"""Server-sent events, decoded from bytes as they come. Pure: feed it packets, get the data of whole events.
+
+The grammar is the WHATWG HTML standard's, section 9.2.6: an optional BOM, lines ended by LF, CR or CRLF, fields `data`, `event`,
+`id` and `retry`, comments, an empty line ends an event. A packet may end anywhere, inside a CRLF or a character too.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+MAX_EVENT: Final = 4 * 1024 * 1024
+"""Bytes one event or line may have: several hundred times the largest chunk seen; a line without end stops here."""
+
+_BOM: Final = b"\xef\xbb\xbf"
+_LINE_END: Final = re.compile(rb"\r\n|\n|\r")
+
+
+class EventTooLargeError(Exception):
+    """A line or event exceeds MAX_EVENT."""
+
+
+@dataclass(slots=True, frozen=True)
+class Named:
+    """An event with a name other than `message`, such as `error` or `ping`."""
+
+    name: str
+    data: bytes
+
+
+class SseDecoder:
+    """Turns packets into events: plain `bytes` for an unnamed event's data, `Named` for the others."""
+
+    __slots__ = ("_data", "_first", "_max", "_name", "_size", "_tail_size", "_tails")
+
+    def __init__(self, max_event: int = MAX_EVENT) -> None:
+        self._max = max_event
+        self._tails: list[bytes] = []  # the unfinished line, in the packets it came in
+        self._tail_size = 0
+        self._first = True
+        self._reset()
+
+    def _reset(self) -> None:
+        self._data: list[bytes] = []
+        self._name = b""
+        self._size = 0
+
+    def feed(self, packet: bytes) -> list[bytes | Named]:
+        """The events that are complete with this packet. Raises EventTooLargeError."""
+        if self._first:
+            packet = self._without_bom(packet)
+        if b"\n" not in packet and b"\r" not in packet and (not self._tails or self._tails[-1][-1:] != b"\r"):
+            self._keep(packet)
+            return []
+        if self._tails:
+            self._tails.append(packet)
+            packet = b"".join(self._tails)
+            self._tails.clear()
+            self._tail_size = 0
+        if b"\r" in packet:
+            lines = self._split_any(packet)
+        else:
+            lines = packet.split(b"\n")
+            self._keep(lines.pop())
+        return self._take(lines)
+
+    def _without_bom(self, packet: bytes) -> bytes:
+        if self._tails:
+            packet = b"".join(self._tails) + packet
+            self._tails.clear()
+            self._tail_size = 0
+        if len(packet) < len(_BOM) and _BOM.startswith(packet):
+            return packet  # it may still become one; `_first` stays
+        self._first = False
+        return packet.removeprefix(_BOM)
+
+    def _split_any(self, packet: bytes) -> list[bytes]:
+        held = b""
+        if packet.endswith(b"\r"):  # its LF may come with the next packet
+            packet, held = packet[:-1], b"\r"
+        lines = _LINE_END.split(packet)
+        self._keep(lines.pop() + held)
+        return lines
+
+    def _keep(self, part: bytes) -> None:
+        if part:
+            self._tails.append(part)
+            self._tail_size += len(part)
+            if self._tail_size > self._max:
+                raise EventTooLargeError
+
+    def _take(self, lines: list[bytes]) -> list[bytes | Named]:
+        events: list[bytes | Named] = []
+        for line in lines:
+            if not line:
+                if self._data:
+                    events.append(self._whole())
+                self._reset()
+            elif line.startswith(b"data:"):
+                value = line[6:] if line[5:6] == b" " else line[5:]
+                self._data.append(value)
+                self._size += len(value)
+                if self._size > self._max:
+                    raise EventTooLargeError
+            elif line.startswith(b"event:"):
+                self._name = line[6:].removeprefix(b" ")
+            elif line == b"data":
+                self._data.append(b"")
+            # comments, `id`, `retry` and unknown fields carry nothing for us
+        return events
+
+    def _whole(self) -> bytes | Named:
+        data = self._data[0] if len(self._data) == 1 else b"\n".join(self._data)
+        if self._name in (b"", b"message"):
+            return data
+        return Named(self._name[:64].decode("utf-8", "replace"), data)
+
+    def close(self) -> list[bytes | Named]:
+        """At the end of the body: the standard drops an event without its empty line; a held CR still ends one."""
+        if self._tails and self._tails[-1].endswith(b"\r"):
+            lines = _LINE_END.split(b"".join(self._tails)[:-1])
+            self._tails.clear()
+            return self._take(lines)
+        return []

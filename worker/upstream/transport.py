@@ -1,0 +1,81 @@
+"""The openai SDK's requests, carried by aiohttp, with the response's body left to be read as raw bytes.
+
+The SDK's own aiohttp transport wraps each read in httpx2's layers and caps itself at 100 connections; this one hands the
+aiohttp response through (`body_of`), reads error bodies up to a limit, follows no redirect and asks for no compression.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import aiohttp
+import httpx2
+
+MAX_ERROR_BODY: Final = 64 * 1024
+_EXTENSION: Final = "aiohttp_response"
+_FIRST_ERROR_STATUS: Final = 300
+
+
+class RawBodyTransport(httpx2.AsyncBaseTransport):
+    """Sends httpx2 requests through one aiohttp session."""
+
+    def __init__(self, connections: int, connect_timeout: float) -> None:
+        self._connections = connections
+        self._connect_timeout = connect_timeout
+        self._session: aiohttp.ClientSession | None = None
+
+    def _open(self) -> aiohttp.ClientSession:
+        if self._session is None:  # a session belongs to the running loop
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=self._connections, keepalive_timeout=15),
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._connect_timeout),
+                auto_decompress=False,
+                raise_for_status=False,
+            )
+        return self._session
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        """Send one request; the caller closes the response."""
+        headers = [(name, value) for name, value in request.headers.items() if name != "accept-encoding"]
+        try:
+            response = await self._open().request(
+                request.method,
+                str(request.url),
+                headers=[*headers, ("accept-encoding", "identity")],
+                data=await request.aread(),
+                allow_redirects=False,
+            )
+            body = await _read_error(response) if response.status >= _FIRST_ERROR_STATUS else None
+        except (aiohttp.ClientError, OSError) as error:
+            raise httpx2.ConnectError(f"{type(error).__name__}: {error}") from error
+        return httpx2.Response(
+            response.status,
+            headers=[
+                (name, value) for name, value in response.raw_headers if name.lower() != b"content-encoding" or not body
+            ],
+            content=body,
+            request=request,
+            extensions={_EXTENSION: response},
+        )
+
+    async def aclose(self) -> None:
+        """Close every connection."""
+        if self._session is not None:
+            await self._session.close()
+
+
+async def _read_error(response: aiohttp.ClientResponse) -> bytes:
+    try:
+        body = b""
+        while len(body) < MAX_ERROR_BODY and (data := await response.content.readany()):
+            body += data
+        return body[:MAX_ERROR_BODY] or b" "
+    finally:
+        response.close()
+
+
+def body_of(response: httpx2.Response) -> aiohttp.ClientResponse:
+    """The aiohttp response behind a response of this transport."""
+    found = response.extensions[_EXTENSION]
+    assert isinstance(found, aiohttp.ClientResponse)
+    return found
