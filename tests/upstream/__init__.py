@@ -26,7 +26,7 @@ A script is a list of steps, played in order, that ends its body properly when i
 Tests wait on conditions, never on time. Hold a stream at a gate, and watch the journal:
 
     upstream.script(answer(Text(3), WaitFor("go"), Text(3)))
-    entry = await upstream.journal.wait_for_async(lambda j: next((e for e in j if e.waiting_for == "go"), None))
+    [entry] = await upstream.journal.wait_for_async(lambda journal: journal.waiting_for("go"))
     upstream.open_gate("go")
     upstream.journal.wait_for(lambda j: j.open_streams == 0)          # in a synchronous test
     assert entry.outcome == "client_closed" and entry.chunks_sent == 3

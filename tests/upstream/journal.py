@@ -18,6 +18,7 @@ Outcome = Literal[
     "open", "finished", "client_closed", "reset_by_script", "closed_by_script", "server_stopped", "failed"
 ]
 T = TypeVar("T")
+Predicate = Callable[["Journal"], T | Literal[False] | None]
 
 
 @dataclass(eq=False)
@@ -80,10 +81,14 @@ class Journal:
         """The exchanges whose last user message is exactly this."""
         return [exchange for exchange in self if exchange.request.prompt == prompt]
 
-    def wait_for(self, predicate: Callable[[Journal], T], timeout: float = 5.0) -> T:
+    def waiting_for(self, gate: str) -> list[Exchange]:
+        """The exchanges whose script is held at this gate now."""
+        return [exchange for exchange in self if exchange.waiting_for == gate]
+
+    def wait_for(self, predicate: Predicate[T], timeout: float = 5.0) -> T:
         """The predicate's first truthy answer; it is asked at every change, on the server's thread.
 
-        For synchronous tests, whose server has its own thread. Raises TimeoutError with the journal in its message.
+        An IndexError of the predicate means not yet, so that it may say `journal[0]` before anyone has asked. For synchronous tests, whose server has its own thread. Raises TimeoutError with the journal in its message.
         """
         if threading.get_ident() == self._loop_thread:
             raise RuntimeError("wait_for would stop the very loop it waits on: use `await wait_for_async`")
@@ -93,7 +98,7 @@ class Journal:
             except TimeoutError:
                 raise TimeoutError(self._told(timeout)) from None
 
-    async def wait_for_async(self, predicate: Callable[[Journal], T], timeout: float = 5.0) -> T:
+    async def wait_for_async(self, predicate: Predicate[T], timeout: float = 5.0) -> T:
         """`wait_for` for a test with a loop, whether the server runs on the same one or in a thread."""
         with self._watching(predicate) as answer:
             try:
@@ -102,7 +107,7 @@ class Journal:
                 raise TimeoutError(self._told(timeout)) from None
 
     @contextmanager
-    def _watching(self, predicate: Callable[[Journal], T]) -> Iterator[concurrent.futures.Future[T]]:
+    def _watching(self, predicate: Predicate[T]) -> Iterator[concurrent.futures.Future[T]]:
         answer: concurrent.futures.Future[T] = concurrent.futures.Future()
 
         def ask() -> None:
@@ -110,6 +115,8 @@ class Journal:
                 return
             try:
                 found = predicate(self)
+            except IndexError:
+                return
             except Exception as error:  # noqa: BLE001 - the predicate is the test's; its error belongs to the waiter
                 answer.set_exception(error)
             else:

@@ -84,7 +84,7 @@ class Player:
         self._renderer = Renderer(script, self._identity)
         self._body = Body(script)
         self._split: Split | None = None
-        self._keep_alive = script.framing != "close" and exchange.request.headers.get("connection") != "close"
+        self._keep_alive = script.framing != "close" and not exchange.request.says_close
 
     async def play(self) -> None:
         """Sends all of it and writes in the journal how it ended; the connection is closed unless it may be reused."""

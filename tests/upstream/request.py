@@ -74,6 +74,11 @@ class Request:
         return n if isinstance(n, int) else 1
 
     @property
+    def says_close(self) -> bool:
+        """Whether the client wants the connection closed after the answer."""
+        return self.headers.get("connection", "").lower() == "close"
+
+    @property
     def key(self) -> str:
         """The API key sent, as bearer token or as Azure's `api-key`; "" if none."""
         scheme, _, token = self.headers.get("authorization", "").partition(" ")
