@@ -148,18 +148,25 @@ async def test_a_broken_script_fails_the_test_that_wrote_it() -> None:
     def broken(request: Request) -> Script:
         raise KeyError(request.prompt)
 
+    upstream = ScriptedUpstream(default=broken)
+    await upstream.start()
+    async with RawClient(upstream.port) as client:
+        client.ask("mistake")
+        assert (await client.response()).status == 0
+    assert upstream.journal[0].outcome == "failed"
     with pytest.raises(KeyError, match="mistake"):
-        async with ScriptedUpstream(default=broken) as upstream, RawClient(upstream.port) as client:
-            client.ask("mistake")
-            assert (await client.response()).status == 0
-            assert upstream.journal[0].outcome == "failed"
+        await upstream.stop()
 
 
 async def test_a_failing_tests_own_error_is_not_hidden_by_a_broken_script() -> None:
     """What the `async with` body raises comes out, whatever the scripts did."""
-    upstream = ScriptedUpstream(default=lambda request: Script(Text(1 // len(request.path[:0]))))
-    with pytest.raises(LookupError, match="the test"):
-        async with upstream, RawClient(upstream.port) as client:
-            client.ask()
-            await client.response()
+
+    async def failing_test() -> None:
+        async with ScriptedUpstream(default=lambda _: Script(Text(1 // 0))) as upstream:
+            async with RawClient(upstream.port) as client:
+                client.ask()
+                await client.response()
             raise LookupError("the test")
+
+    with pytest.raises(LookupError, match="the test"):
+        await failing_test()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import threading
 import urllib.request
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,6 +28,7 @@ from tests.upstream import (
 from tests.upstream.raw_client import RawClient, Response
 
 MESSAGES = [{"role": "user", "content": "hi"}]
+OPEN_FILES = Path("/proc/self/fd")
 
 
 @pytest.fixture
@@ -124,7 +125,7 @@ async def test_what_is_not_http_is_refused(upstream: ScriptedUpstream, said: byt
     ],
 )
 async def test_bad_parameters_are_named(
-    upstream: ScriptedUpstream, params: dict[str, object], status: int, code: str | None, param: str
+    upstream: ScriptedUpstream, params: dict[str, Any], status: int, code: str | None, param: str
 ) -> None:
     """An implausible request gets OpenAI's error JSON and uses up no script."""
     upstream.script(error(599))
@@ -230,7 +231,7 @@ def test_a_synchronous_test_runs_it_in_a_thread_that_leaves_nothing_behind() -> 
     """Plain `with` needs no loop; afterwards threads and open files are what they were."""
     with ScriptedUpstream():
         pass  # the first libuv loop of a process opens a pipe for signals that it keeps for good
-    threads, files = threading.enumerate(), len(os.listdir("/proc/self/fd"))
+    threads, files = threading.enumerate(), len(list(OPEN_FILES.iterdir()))
     with ScriptedUpstream() as upstream:
         upstream.script(answer(Text(2), WaitFor("go"), Text(2)))
         body = json.dumps({"model": "m", "messages": MESSAGES, "stream": True}).encode()
@@ -241,13 +242,13 @@ def test_a_synchronous_test_runs_it_in_a_thread_that_leaves_nothing_behind() -> 
         with urllib.request.urlopen(f"{upstream.base_url}/models", timeout=5) as response:
             assert response.status == 200
     assert threading.enumerate() == threads
-    assert len(os.listdir("/proc/self/fd")) == files
+    assert len(list(OPEN_FILES.iterdir())) == files
 
 
 def test_a_threads_broken_script_is_raised_where_the_test_is() -> None:
     """Leaving the `with` raises what a script did wrong on the server's thread."""
-    with pytest.raises(ZeroDivisionError), ScriptedUpstream() as upstream:
-        upstream.on(lambda _: Script(Text(1 // 0)))
+    upstream = ScriptedUpstream(default=lambda _: Script(Text(1 // 0)))
+    with pytest.raises(ZeroDivisionError), upstream:
         asyncio.run(asked(upstream))
 
 

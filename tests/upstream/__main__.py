@@ -44,11 +44,11 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with ScriptedUpstream(port=options.port, require_key=options.require_key, keep=options.keep) as upstream:
-            print(upstream.base_url, flush=True)
+            print(upstream.base_url, flush=True)  # noqa: T201 - stdout is the interface
             while not options.commands:
                 signal.pause()
             for line in sys.stdin:
-                print(obey(upstream, line), flush=True)
+                print(obey(upstream, line), flush=True)  # noqa: T201 - as above
     except KeyboardInterrupt:
         pass
 

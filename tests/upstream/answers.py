@@ -64,7 +64,7 @@ def error(
     code: int,
     message: str = "scripted",
     *,
-    type: str = "invalid_request_error",  # noqa: A002 - the API's own word
+    type: str = "invalid_request_error",
     error_code: str | None = None,
     param: str | None = None,
     headers: Mapping[str, str] | None = None,

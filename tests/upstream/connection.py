@@ -14,7 +14,7 @@ from typing import cast
 
 from .journal import Exchange, Journal, Outcome
 from .playing import Gates, Player
-from .request import BadRequest, Request, RequestParser
+from .request import NotHttpError, Request, RequestParser
 from .script import Script
 
 _RST_ON_CLOSE = struct.pack("ii", 1, 0)  # struct linger: on, for no time
@@ -71,7 +71,7 @@ class Connection(asyncio.Protocol):
                 self._latest = self._journal.begin(self._number, request)
                 self._open.append(self._latest)
                 self._waiting.put_nowait(self._latest)
-        except BadRequest:
+        except NotHttpError:
             self._waiting.put_nowait(None)
 
     def eof_received(self) -> None:
@@ -139,7 +139,7 @@ class Connection(asyncio.Protocol):
     async def handed_over(self) -> None:
         """Returns when the client's kernel has been sent everything (where there is a way to know: on Linux)."""
         sock = self._transport.get_extra_info("socket")
-        while sys.platform == "linux" and _unsent(sock):
+        while sys.platform == "linux" and _unsent(sock):  # noqa: ASYNC110 - the kernel tells nobody when
             await asyncio.sleep(0.001)
 
     def reset(self) -> None:

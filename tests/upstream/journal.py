@@ -88,7 +88,8 @@ class Journal:
     def wait_for(self, predicate: Predicate[T], timeout: float = 5.0) -> T:
         """The predicate's first truthy answer; it is asked at every change, on the server's thread.
 
-        An IndexError of the predicate means not yet, so that it may say `journal[0]` before anyone has asked. For synchronous tests, whose server has its own thread. Raises TimeoutError with the journal in its message.
+        An IndexError of the predicate means not yet, so that it may say `journal[0]` before anyone has asked. For
+        synchronous tests, whose server has its own thread. Raises TimeoutError with the journal in its message.
         """
         if threading.get_ident() == self._loop_thread:
             raise RuntimeError("wait_for would stop the very loop it waits on: use `await wait_for_async`")

@@ -6,7 +6,8 @@
 | `first` | seconds before the response head | 0 |
 | `finish` | the finish reason; `none` leaves the chunk out | stop |
 | `done` | 0 leaves `[DONE]` out | 1 |
-| `framing`, `gzip`, `split` | `chunked` or `close` or `content-length`; 1 to compress; bytes per packet | chunked, 0, whole events |
+| `framing`, `gzip` | `chunked`, `close` or `content-length`; 1 to compress | chunked, 0 |
+| `split` | bytes per packet | whole events |
 | `status`, `retry_after` | the fault is this status, with this `retry-after` header (seconds) | |
 | `reset_after`, `close_after`, `cut_after`, `stall_after`, `error_after` | the fault comes after so many chunks | |
 | `times` | how many requests for one prompt meet the fault before all is well; 0: every one | 0 |

@@ -92,7 +92,8 @@ class Player:
             match step:
                 case Status():
                     await self._whole(step)
-                    return self._finished()
+                    self._finished()
+                    return
                 case Headers():
                     await self._head(step)
                 case Pause():
@@ -106,13 +107,16 @@ class Player:
                 case Reset():
                     await self._line.handed_over()
                     self._journal.end(self._exchange, "reset_by_script")
-                    return self._line.reset()
+                    self._line.reset()
+                    return
                 case CutChunked():
                     await self._ensure_head()
                     await self._write(b"%x\r\n%b" % (len(step.data) + 100, step.data))
-                    return self._closed()
+                    self._closed()
+                    return
                 case Close():
-                    return self._closed()
+                    self._closed()
+                    return
                 case _:
                     await self._ensure_head()
                     await self._play_body(step)

@@ -9,7 +9,7 @@ import struct
 import zlib
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 Ending = Literal["complete", "eof", "reset"]
 
@@ -51,7 +51,7 @@ class RawClient:
     port: int
     _reads: list[bytes] = field(default_factory=list)
 
-    async def __aenter__(self) -> RawClient:
+    async def __aenter__(self) -> Self:
         """Connects."""
         self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.port, limit=2**24)
         return self

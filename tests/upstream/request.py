@@ -12,7 +12,7 @@ from typing import Any
 _HEAD_CAP = 65536
 
 
-class BadRequest(ValueError):
+class NotHttpError(ValueError):
     """These bytes are not HTTP/1.1 as this server reads it; the message says what was found."""
 
 
@@ -95,7 +95,7 @@ class RequestParser:
         self._body = bytearray()
 
     def feed(self, data: bytes) -> list[Request]:
-        """The requests these bytes complete. Raises BadRequest, after which the connection is of no more use."""
+        """The requests these bytes complete. Raises NotHttpError, after which the connection is of no more use."""
         self._buffer += data
         complete = []
         while (request := self._next()) is not None:
@@ -119,24 +119,24 @@ class RequestParser:
         end = self._buffer.find(b"\r\n\r\n")
         if end < 0:
             if len(self._buffer) > _HEAD_CAP:
-                raise BadRequest(f"no end of the request head within {_HEAD_CAP} bytes")
+                raise NotHttpError(f"no end of the request head within {_HEAD_CAP} bytes")
             return None
         first, *lines = self._take(end, 4).decode("latin-1").split("\r\n")
         words = first.split(" ")
         if len(words) != 3 or words[2] != "HTTP/1.1":
-            raise BadRequest(f"not an HTTP/1.1 request line: {first[:80]!r}")
+            raise NotHttpError(f"not an HTTP/1.1 request line: {first[:80]!r}")
         headers: dict[str, str] = {}
         for line in lines:
             name, colon, value = line.partition(":")
             if not colon:
-                raise BadRequest(f"not a header: {line[:80]!r}")
+                raise NotHttpError(f"not a header: {line[:80]!r}")
             name, value = name.strip().lower(), value.strip()
             headers[name] = f"{headers[name]}, {value}" if name in headers else value
         return words[0], words[1], headers
 
     def _take_length(self, said: str) -> bytes | None:
         if not said.isdecimal():
-            raise BadRequest(f"not a content-length: {said[:80]!r}")
+            raise NotHttpError(f"not a content-length: {said[:80]!r}")
         return self._take(int(said), 0) if len(self._buffer) >= int(said) else None
 
     def _take_chunked(self) -> bytes | None:
@@ -144,7 +144,7 @@ class RequestParser:
             try:
                 size = int(self._buffer[:line_end].partition(b";")[0], 16)
             except ValueError:
-                raise BadRequest(f"not a chunk size: {bytes(self._buffer[:line_end])[:80]!r}") from None
+                raise NotHttpError(f"not a chunk size: {bytes(self._buffer[:line_end])[:80]!r}") from None
             if len(self._buffer) < line_end + 2 + size + 2:
                 return None
             self._take(line_end, 2)

@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import threading
 from types import TracebackType
+from typing import Self
 
 import uvloop
 
@@ -119,7 +120,7 @@ class ScriptedUpstream:
                 error.add_note(f"raised by the script of request {exchange.number} to the scripted upstream")
                 raise error
 
-    async def __aenter__(self) -> ScriptedUpstream:
+    async def __aenter__(self) -> Self:
         """Starts on the running loop."""
         await self.start()
         return self
@@ -132,7 +133,7 @@ class ScriptedUpstream:
         if error is None:  # a failing test's own error says more
             self._raise_broken()
 
-    def __enter__(self) -> ScriptedUpstream:
+    def __enter__(self) -> Self:
         """Starts in a thread."""
         ready: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._thread = threading.Thread(target=self._run, args=(ready,), name="scripted-upstream", daemon=True)
