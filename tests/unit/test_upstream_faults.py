@@ -44,11 +44,15 @@ from tests.upstream.raw_client import RawClient, Response
 from tests.upstream.script import Framing
 
 
-@pytest.fixture
-async def upstream() -> AsyncIterator[ScriptedUpstream]:
-    """A server on the test's own loop."""
-    async with ScriptedUpstream() as running:
-        yield running
+@pytest.fixture(params=["own loop", "thread"])
+async def upstream(request: pytest.FixtureRequest) -> AsyncIterator[ScriptedUpstream]:
+    """A server on the test's own loop, asyncio's, and one in a thread, on uvloop."""
+    if request.param == "thread":
+        with ScriptedUpstream() as running:
+            yield running
+    else:
+        async with ScriptedUpstream() as running:
+            yield running
 
 
 async def played(upstream: ScriptedUpstream, script: Script) -> Response:
@@ -56,7 +60,9 @@ async def played(upstream: ScriptedUpstream, script: Script) -> Response:
     upstream.script(script)
     async with RawClient(upstream.port) as client:
         client.ask()
-        return await client.response()
+        response = await client.response()
+    await upstream.journal.wait_for_async(lambda journal: journal.open_streams == 0)
+    return response
 
 
 @pytest.mark.parametrize("after", [0, 1, 7])
@@ -117,7 +123,7 @@ async def test_a_content_length_counts_what_a_close_withholds(upstream: Scripted
     assert int(response.headers["content-length"]) > len(response.body) * 2
 
 
-async def test_an_endless_body_has_no_content_length(upstream: ScriptedUpstream) -> None:
+async def test_an_endless_body_has_no_content_length() -> None:
     """What the script got wrong is raised to the test, not answered to the client."""
     server = ScriptedUpstream()
     await server.start()
@@ -143,14 +149,22 @@ async def test_gzip_can_be_read_event_by_event(upstream: ScriptedUpstream, frami
     assert response.text() == expected_text(2)
 
 
-async def test_split_sends_one_byte_at_a_time(upstream: ScriptedUpstream) -> None:
-    """Every byte boundary of the body, those inside UTF-8 characters too, can be a packet boundary."""
+async def test_split_makes_every_byte_a_chunk(upstream: ScriptedUpstream) -> None:
+    """The body is cut at every byte, those inside UTF-8 characters too."""
     response = await played(upstream, Script(Split(1), Raw("漢字🌾".encode()), Text(2)))
     pieces = b"".join(response.reads).partition(b"\r\n\r\n")[2].split(b"\r\n")[:-3]
     assert set(pieces[::2]) == {b"1"}
     assert len(pieces) // 2 == len(response.body)
-    assert len(response.reads) > len(response.body) // 2
     assert response.body.startswith("漢字🌾".encode())
+
+
+async def test_split_lets_a_client_on_the_same_loop_read_byte_by_byte() -> None:
+    """Without framing around them, single bytes are what the client's reads return."""
+    async with ScriptedUpstream() as upstream:
+        response = await played(
+            upstream, Script(Split(1, pause_seconds=0.001), Raw("漢字🌾".encode()), framing="close")
+        )
+    assert response.reads[1:] == [bytes([byte]) for byte in "漢字🌾".encode()]
 
 
 async def test_line_ends_and_bom_are_as_ordered(upstream: ScriptedUpstream) -> None:
@@ -204,13 +218,24 @@ async def test_a_stall_can_keep_sending_comments(upstream: ScriptedUpstream) -> 
 
 
 async def test_a_paced_text_keeps_its_pace(upstream: ScriptedUpstream) -> None:
-    """n chunks take (n - 1) paces, on an absolute schedule: late turns of the loop do not add up."""
+    """n chunks take (n - 1) paces, and come one by one."""
     started = time.monotonic()
     response = await played(upstream, Script(Text(51, pace_seconds=0.01, seed=5)))
-    took = time.monotonic() - started
+    assert time.monotonic() - started >= 0.5
     assert response.text() == expected_text(51, seed=5)
-    assert 0.5 <= took < 1.0
     assert len(response.reads) > 10
+
+
+async def test_a_late_server_catches_up_in_one_write() -> None:
+    """The schedule is absolute: after its loop was blocked for 30 paces, what is overdue comes at once."""
+    async with ScriptedUpstream() as upstream, RawClient(upstream.port) as client:
+        upstream.script(Script(Text(51, pace_seconds=0.01, seed=5)))
+        client.ask()
+        await client.until(b"chat.completion.chunk")
+        time.sleep(0.3)  # noqa: ASYNC251 - to block the loop is the point
+        response = await client.response()
+    assert response.text() == expected_text(51, seed=5)
+    assert max(read.count(b"chat.completion.chunk") for read in response.reads) >= 25
 
 
 async def test_a_gzip_bomb_is_small_on_the_wire(upstream: ScriptedUpstream) -> None:

@@ -28,6 +28,7 @@ class Exchange:
     `bytes_sent` (head and framing included) and `chunks_sent` (events that are chunks) count what the kernel has
     taken. `outcome` is "failed" if the test's own script raised, then `error` has it. `ended_at` is when the answer
     ended, whichever way; `closed_at` when the connection went, None while it lives or carries a later request.
+    A client elsewhere may have the last byte a moment before the journal says so: wait for what you assert.
     """
 
     number: int
@@ -86,7 +87,7 @@ class Journal:
         return [exchange for exchange in self if exchange.waiting_for == gate]
 
     def wait_for(self, predicate: Predicate[T], timeout: float = 5.0) -> T:
-        """The predicate's first truthy answer; it is asked at every change, on the server's thread.
+        """The predicate's first truthy answer; it is asked at once, then on the server's thread at every change.
 
         An IndexError of the predicate means not yet, so that it may say `journal[0]` before anyone has asked. For
         synchronous tests, whose server has its own thread. Raises TimeoutError with the journal in its message.
@@ -110,6 +111,7 @@ class Journal:
     @contextmanager
     def _watching(self, predicate: Predicate[T]) -> Iterator[concurrent.futures.Future[T]]:
         answer: concurrent.futures.Future[T] = concurrent.futures.Future()
+        answer.set_running_or_notify_cancel()  # a waiter that gives up must not cancel it under the server's hands
 
         def ask() -> None:
             if answer.done():

@@ -55,14 +55,19 @@ class Gates:
         """All gates are shut."""
         self._opened: set[str] = set()
         self._events: dict[str, asyncio.Event] = {}
-        self.loop: asyncio.AbstractEventLoop | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def attach(self, loop: asyncio.AbstractEventLoop | None) -> None:
+        """The server runs on this loop from now on, or on none. What was open stays open."""
+        self._loop = loop
+        self._events.clear()
 
     def open(self, gate: str) -> None:
         """Lets everyone through from now on."""
         # First the name, then the wake-up: whoever looked before has its event registered when the wake-up runs.
         self._opened.add(gate)
-        if self.loop is not None:
-            self.loop.call_soon_threadsafe(self._wake, gate)
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._wake, gate)
 
     def _wake(self, gate: str) -> None:
         if gate in self._events:

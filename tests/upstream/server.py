@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import threading
+from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -45,7 +47,7 @@ class ScriptedUpstream:
         self._service = Service(self._playbook.choose, self.journal, self._gates)
         self._server: asyncio.Server | None = None
         self._thread: threading.Thread | None = None
-        self._stop_thread: asyncio.Event | None = None
+        self._stop_thread: Callable[[], object] | None = None
 
     @property
     def origin(self) -> str:
@@ -94,7 +96,7 @@ class ScriptedUpstream:
         self._server = await loop.create_server(
             lambda: Connection(self._service), "127.0.0.1", self._port, backlog=_BACKLOG
         )
-        self._gates.loop = loop
+        self._gates.attach(loop)
         self._port = self._server.sockets[0].getsockname()[1]
 
     async def stop(self) -> None:
@@ -111,7 +113,8 @@ class ScriptedUpstream:
             connection.stop()
         await asyncio.gather(*(connection.ended() for connection in leaving))
         await self._server.wait_closed()
-        self._server, self._gates.loop = None, None
+        self._server = None
+        self._gates.attach(None)
 
     def _raise_broken(self) -> None:
         for exchange in self.journal:
@@ -138,7 +141,11 @@ class ScriptedUpstream:
         ready: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._thread = threading.Thread(target=self._run, args=(ready,), name="scripted-upstream", daemon=True)
         self._thread.start()
-        ready.result()
+        try:
+            ready.result()
+        except BaseException:
+            self._thread.join()
+            raise
         return self
 
     def __exit__(
@@ -146,9 +153,8 @@ class ScriptedUpstream:
     ) -> None:
         """Stops, and waits for the thread."""
         assert self._thread is not None
-        assert self._gates.loop is not None
         assert self._stop_thread is not None
-        self._gates.loop.call_soon_threadsafe(self._stop_thread.set)
+        self._stop_thread()
         self._thread.join()
         self._thread = None
         if error is None:
@@ -156,14 +162,15 @@ class ScriptedUpstream:
 
     def _run(self, ready: concurrent.futures.Future[None]) -> None:
         async def serve() -> None:
-            self._stop_thread = asyncio.Event()
+            told = asyncio.Event()
+            self._stop_thread = partial(asyncio.get_running_loop().call_soon_threadsafe, told.set)
             try:
                 await self.start()
             except BaseException as error:  # noqa: BLE001 - it is the entering thread's to raise
                 ready.set_exception(error)
                 return
             ready.set_result(None)
-            await self._stop_thread.wait()
+            await told.wait()
             await self._shut()
 
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
