@@ -63,6 +63,17 @@ async def test_a_client_that_asks_and_leaves_at_once_has_asked(upstream: Scripte
     assert entry.outcome in ("client_closed", "finished")
 
 
+async def test_a_client_that_leaves_at_done_has_had_everything(upstream: ScriptedUpstream) -> None:
+    """Nothing can come between [DONE] and the end of the body: such an answer always counts as finished."""
+    for _ in range(50):
+        async with RawClient(upstream.port) as client:
+            client.ask()
+            await client.until(b"[DONE]")
+            client.reset()
+    await upstream.journal.wait_for_async(lambda journal: all(entry.closed_at for entry in journal))
+    assert {entry.outcome for entry in upstream.journal} == {"finished"}
+
+
 async def test_requests_are_kept_as_sent(upstream: ScriptedUpstream) -> None:
     """Headers, JSON and prompt are there to assert on; the summary shows no header, so no key."""
     async with RawClient(upstream.port) as client:

@@ -12,6 +12,8 @@ import argparse
 import json
 import signal
 import sys
+from types import FrameType
+from typing import NoReturn
 
 from . import ScriptedUpstream
 
@@ -32,6 +34,13 @@ def obey(upstream: ScriptedUpstream, line: str) -> str:
             return f"not a command: {line.strip()!r}; there are journal, count, open GATE"
 
 
+def leave(_signal: int, _frame: FrameType | None) -> NoReturn:
+    """Leaves the `with`, whatever the main thread waits for: clients see us close, not vanish. Once is enough."""
+    for stopping in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(stopping, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     """Serves until told to stop."""
     parser = argparse.ArgumentParser(prog="python -m tests.upstream", description="A scripted OpenAI-compatible API.")
@@ -40,8 +49,8 @@ def main() -> None:
     parser.add_argument("--keep", type=int, default=10_000, help="how many exchanges the journal remembers")
     parser.add_argument("--commands", action="store_true", help="obey standard input, end when it does")
     options = parser.parse_args()
-    # As an exception SIGTERM leaves the `with`, whatever the main thread waits for: clients see us close, not vanish.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for stopping in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(stopping, leave)
     try:
         with ScriptedUpstream(port=options.port, require_key=options.require_key, keep=options.keep) as upstream:
             print(upstream.base_url, flush=True)  # noqa: T201 - stdout is the interface

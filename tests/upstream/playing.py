@@ -189,8 +189,10 @@ class Player:
             return
         is_chunk = isinstance(step, Text | Chunk | Finish | Usage)
         for block in self._renderer.blocks(step):
+            # Others' turn, and the client's to be seen leaving. Before the block, not after: between the last one and
+            # the body's end there must be no turn, or a client that leaves at [DONE] would at times have left early.
+            await asyncio.sleep(0)
             await self._send([block], is_chunk=is_chunk)
-            await asyncio.sleep(0)  # others' turn, and the client's to be seen leaving
 
     async def _play_paced(self, step: Text) -> None:
         loop = asyncio.get_running_loop()
@@ -212,8 +214,8 @@ class Player:
         else:
             data, every = b"".join(packed), self._split.every
             for at in range(0, len(data), every):
-                await self._write(self._body.frame(data[at : at + every]))
                 await asyncio.sleep(self._split.pause_seconds)
+                await self._write(self._body.frame(data[at : at + every]))
         if is_chunk and packed:
             self._exchange.chunks_sent += len(packed)
             self._journal.changed()

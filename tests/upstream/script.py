@@ -148,7 +148,7 @@ class Stall:
 
 @dataclass(frozen=True)
 class Split:
-    """From here on `every` bytes a write (and, if chunked, an HTTP chunk), then `pause_seconds` or one loop turn.
+    """From here on `every` bytes a write (and, if chunked, an HTTP chunk), `pause_seconds` or a loop turn before each.
 
     It counts bytes of the body as sent, so it cuts through events, lines, CRLF and UTF-8 characters alike. A client
     on the same loop reads them one by one; one elsewhere may find several at once, the fewer the longer the pause.
