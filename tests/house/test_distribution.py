@@ -59,7 +59,7 @@ def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_wheel_carries_every_file_of_the_three_rooms_and_nothing_else(wheel: Path) -> None:
-    """A Lua script, py.typed or module left out is found by users first; a stray folder lands in their site-packages."""
+    """A file left out (Lua, py.typed) is found by users first; a stray folder lands in their site-packages."""
     with zipfile.ZipFile(wheel) as archive:
         carried = {name for name in archive.namelist() if ".dist-info/" not in name}
     expected = {f"{package}/{name}" for room, package in ROOMS.items() for name in _files(ROOT / room)}
