@@ -118,5 +118,14 @@ def _display(rows: Sequence[Row]) -> Iterator[Show]:
 
         yield print_lines
         return
-    with Live(console=console, get_renderable=lambda: board.panels(rows, console), refresh_per_second=12):
-        yield lambda _row, _event: None  # the picture is drawn from the rows
+    with Live(console=console, get_renderable=lambda: board.panels(rows, console), auto_refresh=False) as live:
+        drawn_at = 0.0
+
+        def draw(_row: Row, _event: Event) -> None:
+            # Here and not in rich's own thread, which could look at a row while it changes. Leaving draws the last.
+            nonlocal drawn_at
+            if time.monotonic() - drawn_at > _FRAME:
+                live.refresh()
+                drawn_at = time.monotonic()
+
+        yield draw

@@ -87,7 +87,7 @@ class Server:
 class Process:
     """What the model and the worker have in common: a child with a log."""
 
-    name = "process"
+    name = "a process"
 
     def __init__(self, log: Path) -> None:
         self.log = log
@@ -133,13 +133,13 @@ class Process:
         what = f"was not ready within {patience:g} s" if self.alive else f"ended at its start, {self.how_it_ended()}"
         tail = self.tail()
         self.stop(patience=0)
-        return PartFailed(f"the {self.name} {what}; its log is {self.log}", tail)
+        return PartFailed(f"{self.name} {what}; its log is {self.log}", tail)
 
 
 class Model(Process):
     """The local model. `url` is its base URL, the same after every start."""
 
-    name = "model"
+    name = "the model"
 
     def __init__(self, log: Path) -> None:
         super().__init__(log)
@@ -168,7 +168,7 @@ class Model(Process):
 class Worker(Process):
     """One worker. It is ready when RQ knows it."""
 
-    name = "worker"
+    name = "the worker"
 
     def __init__(self, log: Path, command: Sequence[str], environ: Mapping[str, str]) -> None:
         super().__init__(log)

@@ -66,7 +66,7 @@ class Stack:
             keeper.part.stop()
 
     def _started(self, part: PartT) -> PartT:
-        self._say(f"starting the {part.name} ...")
+        self._say(f"starting {part.name} ...")
         self._keepers.append(_Keeper(part, self._say))  # before its start, so that `stop` finds what is half started
         part.start()
         return part
@@ -89,7 +89,7 @@ class _Keeper:
         elif not self.part.alive:
             if now - self._since > _STEADY:
                 self._delay = _FIRST_DELAY
-            self._plan_start(f"the {self.part.name} has died ({self.part.how_it_ended()})", now)
+            self._plan_start(f"{self.part.name} has died ({self.part.how_it_ended()})", now)
 
     def _plan_start(self, why: str, now: float) -> None:
         self._say(f"{why}; it is started again in {self._delay:g} s")
@@ -104,7 +104,7 @@ class _Keeper:
             self._plan_start(str(error), time.monotonic())
         else:
             self._since = time.monotonic()
-            self._say(f"the {self.part.name} runs again")
+            self._say(f"{self.part.name} runs again")
 
 
 @contextlib.contextmanager

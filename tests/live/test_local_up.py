@@ -131,16 +131,16 @@ def test_a_free_port_is_taken_and_a_taken_one_avoided(tmp_path: Path) -> None:
         assert up.redis_url == f"redis://127.0.0.1:{port}/0"
 
 
-@pytest.mark.parametrize("part", ["worker", "Valkey"])
+@pytest.mark.parametrize("part", ["the worker", "Valkey"])
 def test_a_part_that_dies_is_started_again(part: str, tmp_path: Path) -> None:
     """kill -9 of the worker or the server: said, started again, at the same address."""
     with running(tmp_path) as up:
         up.wait_until_ready()
         with redis.Redis.from_url(up.redis_url) as client:
-            victim = up.worker_pid() if part == "worker" else client.info("server")["process_id"]
+            victim = up.worker_pid() if part == "the worker" else client.info("server")["process_id"]
         os.kill(victim, signal.SIGKILL)
-        assert up.read_until("has died") == f"the {part} has died (signal 9); it is started again in 0.5 s"
-        up.read_until(f"the {part} runs again")
+        assert up.read_until("has died") == f"{part} has died (signal 9); it is started again in 0.5 s"
+        up.read_until(f"{part} runs again")
         assert not is_running(victim)
         with redis.Redis.from_url(up.redis_url) as client:
             assert client.ping()
