@@ -179,11 +179,19 @@ class Worker(Process):
         name = f"local-{token_hex(4)}"
         child = self._spawn([*self._command, "--name", name], self._environ)
         deadline = time.monotonic() + _WORKER_PATIENCE
-        with connect(self._environ["REDIS_URL"]) as connection, translated(self._environ["REDIS_URL"]):
-            while not connection.exists(_REGISTRATION.format(name)):
+        try:
+            while not self._is_known(name):
                 if child.poll() is not None or time.monotonic() > deadline:
                     raise self._failed(_WORKER_PATIENCE)
                 time.sleep(_POLL)
+        except RedisUnavailable as error:
+            self.stop(patience=0)
+            raise PartFailed(f"whether {self.name} is ready cannot be seen: {error}") from None
+
+    def _is_known(self, name: str) -> bool:
+        url = self._environ["REDIS_URL"]
+        with connect(url) as connection, translated(url):
+            return bool(connection.exists(_REGISTRATION.format(name)))
 
 
 def check_redis(url: str) -> None:

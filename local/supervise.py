@@ -101,7 +101,7 @@ class _Keeper:
         try:
             self.part.start()
         except LocalError as error:
-            self._plan_start(str(error), time.monotonic())
+            self._plan_start(str(error).partition("\n")[0], time.monotonic())
         else:
             self._since = time.monotonic()
             self._say(f"{self.part.name} runs again")

@@ -76,14 +76,14 @@ def test_a_child_outlives_the_thread_that_asked_for_it(by_kernel: bool, tmp_path
     def start() -> None:
         child = guard.spawn(["sh", "-c", script], log=tmp_path / "log", read_stdout=True, by_kernel=by_kernel)
         children.append(child)
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"ready\n"  # so it is tethered before the thread ends
 
     thread = threading.Thread(target=start)
     thread.start()
     thread.join()
     wait_until(lambda: not Path(f"/proc/self/task/{thread.native_id}").exists())  # the system's thread, not Python's
     (child,) = children
-    assert child.stdout is not None
-    assert child.stdout.readline() == b"ready\n"
     child.terminate()
     assert child.communicate(timeout=10)[0] == b"still here\n"
     assert child.returncode == 0

@@ -17,6 +17,8 @@ import pytest
 import redis
 
 from local import guard
+from local.errors import PartFailed
+from local.parts import Worker
 from local.valkey import Valkey
 from tests.live.local_processes import descendants_of, is_running, wait_until
 from tests.live.local_stand_in import STOPPED_KEY
@@ -190,6 +192,15 @@ def test_a_worker_that_cannot_start_is_one_clear_line_and_its_log(tmp_path: Path
     server = re.search(r"pid=(\d+)", (tmp_path / "valkey.log").read_text())
     assert server is not None
     assert not is_running(int(server[1]))
+
+
+def test_a_worker_is_a_failed_part_while_redis_is_away(tmp_path: Path) -> None:
+    """An error of this room's own, which `up` answers by trying again later; the half-started worker is gone."""
+    idle = (sys.executable, "-c", "import time; time.sleep(1000)")
+    worker = Worker(tmp_path / "worker.log", idle, {"REDIS_URL": "redis://127.0.0.1:1/0"})
+    with pytest.raises(PartFailed, match="whether the worker is ready cannot be seen"):
+        worker.start()
+    assert not worker.alive
 
 
 def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
