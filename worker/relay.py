@@ -63,7 +63,7 @@ class Relay:
         self._spec = spec if isinstance(spec, Spec) else Spec(model="", messages=[])
         self._claim = claim
         self._outbox = Outbox(job_id, token, claim.attempt, claim.seq, self._interrupt)
-        self._prompt_bytes = len(msgspec.json.encode(spec.messages))
+        self._prompt_bytes = len(msgspec.json.encode(self._spec.messages))
         self._stopped: str | None = None
         self._task: asyncio.Task[Any] | None = None
         self._usage_at = 0.0

@@ -225,7 +225,7 @@ class StreamWorker(BaseWorker):
                     "ended_at": utcformat(now()),
                     "exc_info": zlib.compress(reason.encode()),
                 }
-                pipe.hset(key, mapping=mapping)
+                pipe.hset(key, mapping=mapping)  # type: ignore[arg-type]
                 pipe.expire(key, FAILURE_TTL)
             pipe.execute(raise_on_error=False)
 

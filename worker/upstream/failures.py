@@ -50,7 +50,7 @@ class UpstreamFailure(Exception):  # noqa: N818 - the failure is the upstream's,
 def from_status(status: int, body: Any, retry_after: float | None = None) -> UpstreamFailure:
     """What a response with an error status means; `body` is its JSON, its text, or None."""
     code, message = describe(body)
-    retryable = (status in RETRYABLE_STATUSES or status >= 500) and code not in FINAL_CODES  # noqa: PLR2004
+    retryable = status >= 500 or (status in RETRYABLE_STATUSES and code not in FINAL_CODES)  # noqa: PLR2004
     if 300 <= status < 400:  # noqa: PLR2004
         code, message = "redirect", "the upstream redirects elsewhere; name its final address in OPENAI_BASE_URL"
     return UpstreamFailure(
