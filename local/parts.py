@@ -149,7 +149,7 @@ class Model(Process):
     def start(self) -> None:
         command = [sys.executable, "-m", "local.model", "--port", self._port]
         child = self._spawn(command, read_stdout=True)
-        assert child.stdout is not None  # noqa: S101 - `read_stdout` makes it a pipe
+        assert child.stdout is not None
         # Readable means that the line is there, or that the end is: the child died.
         readable = select.select([child.stdout], (), (), _MODEL_PATIENCE)[0]
         line = child.stdout.readline() if readable else b""

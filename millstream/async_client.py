@@ -77,8 +77,9 @@ class AsyncClient:
     ) -> Job:
         """Accept a job: once this returns, the job survives kill -9 of every process.
 
-        `asked`: `model`, what a job may ask for (`lane, timeout, max_attempts, expires, retention, on_break, metadata`; times in
-        seconds) and OpenAI parameters. Raises SpecError, JobExists (known id, other spec), RedisUnavailable.
+        `asked`: `model`, what a job may ask for (`lane, timeout, max_attempts, expires, retention, on_break,
+        metadata`;
+        times in seconds) and OpenAI parameters. Raises SpecError, JobExists (known id, other spec), RedisUnavailable.
         """
         asked.setdefault("model", self.settings.model)
         spec = job.build(prompt, messages=messages, **asked)
@@ -88,7 +89,8 @@ class AsyncClient:
     async def submit_many(self, requests: Iterable[Mapping[str, Any]]) -> Sequence[Job]:
         """Accept many jobs in one round trip; each request holds the arguments of `submit`.
 
-        All are checked before the first is sent. Raises what `submit` raises; a retry with the same ids doubles nothing.
+        All are checked before the first is sent. Raises what `submit` raises; a retry with the same ids doubles
+        nothing.
         """
         ids, wanted = [], []
         for request in requests:
@@ -152,7 +154,8 @@ class AsyncClient:
     ) -> str:
         """Call `on_content(text)` with every piece as it comes, and return the whole final text.
 
-        `on_restart(attempt, reason)` comes before new text when the text so far is void. Raises JobFailed, JobCancelled.
+        `on_restart(attempt, reason)` comes before new text when the text so far is void. Raises JobFailed,
+        JobCancelled.
         """
         narrator = Narrator(on_content, on_restart)
         async for event in self.follow(job_id, after):

@@ -13,12 +13,11 @@
         channel.complete(job.id)
         assert my_page(client, job.id) == "Hello"
 
-`ScriptedChannel` plays the worker's part by hand, through the very scripts a worker uses, so what a consumer sees is what it
-would see in production. `ManualClock` stands still until it is told to go on.
+`ScriptedChannel` plays the worker's part by hand, through the very scripts a worker uses, so what a consumer sees is
+what it would see in production. `ManualClock` stands still until it is told to go on.
 """
 
 from __future__ import annotations
-
 
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +48,7 @@ class ManualClock:
 
 def fake_client(settings: Settings | None = None, **options: Any) -> Client:
     """A client on an in-process fake of Redis. Each has its own data. Needs `fakeredis[lua]`."""
-    import fakeredis  # noqa: PLC0415 - wanted by those who test, not by those who run
+    import fakeredis
 
     connection = fakeredis.FakeRedis(version=(7,))
     return Client(settings=settings, connection=connection, script_header=False, **options)
@@ -71,7 +70,7 @@ class ScriptedChannel:
 
     def start(
         self, job_id: str, *, token: str = "scripted", worker: str = "scripted", reason: str | None = None
-    ) -> int:  # noqa: S107
+    ) -> int:
         """Claim the job and write `started`; returns the attempt's number."""
         claim = self._client.run(calls.claim(self._client.keys, job_id, token, self._client.settings.lease))
         return self._begin(job_id, token, claim, worker, reason)

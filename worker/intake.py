@@ -4,8 +4,8 @@
                                           │                 └ busy, closed, unknown: the delivery is done with
                                           └ poison: put aside with its reason
 
-While idle it waits with `BLMOVE queue queue LEFT LEFT`, which moves the head onto itself: it blocks until there is something
-and takes nothing, so that nothing can be lost in a reply, however the wait ends.
+While idle it waits with `BLMOVE queue queue LEFT LEFT`, which moves the head onto itself: it blocks until there is
+something and takes nothing, so that nothing can be lost in a reply, however the wait ends.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
                                                 │
                                                 └─ unanswered: sent again, byte for byte
 
-Seqs are given when events are frozen. A frozen frame never changes until it is answered, because the server may have it:
-text merged into a retried frame would be answered `duplicate` and lost.
+Seqs are given when events are frozen. A frozen frame never changes until it is answered, because the server may have
+it: text merged into a retried frame would be answered `duplicate` and lost.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """One worker process: one loop, its services, its signals, its end.
 
-The order of an end matters: first nothing new is taken, then running jobs drain within the grace, then what is left is handed
-over (lease released, delivered again), then the books are closed. The writer goes last, because all of them write.
+The order of an end matters: first nothing new is taken, then running jobs drain within the grace, then what is left
+is handed over (lease released, delivered again), then the books are closed. The writer goes last, because all of them
+write.
 """
 
 from __future__ import annotations

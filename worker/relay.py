@@ -5,8 +5,8 @@
        │          └ the stream breaks: nothing shown yet ─> asked again in silence (retries.py)
        └────────────────────────────── shown already ─────> a new attempt, or failed, as `on_break` says
 
-A stop (cancelled elsewhere, fenced, handed over) and a clock both end the reading by cancelling this task; which of them it was
-stands in `_stopped` and in the clock.
+A stop (cancelled elsewhere, fenced, handed over) and a clock both end the reading by cancelling this task; which of
+them it was stands in `_stopped` and in the clock.
 """
 
 from __future__ import annotations
@@ -232,7 +232,8 @@ class Relay:
     async def _fail(self, failure: UpstreamFailure) -> str:
         error = failure.error
         if failure.retryable and self._outbox.shown and self._exhausted and self._claim.max_attempts > 1:
-            tried = f"{self._claim.max_attempts} attempts broke or were lost; the last one: {failure.code}: {failure.message}"
+            last = f"{failure.code}: {failure.message}"
+            tried = f"{self._claim.max_attempts} attempts broke or were lost; the last one: {last}"
             error = {**error, "code": "attempts_exhausted", "message": tried}
         event = compact("failed", finish_reasons={}, error=error)
         return await self._finish(event, Ending("failed", b"{}", msgspec.json.encode(error)), b"")

@@ -1,7 +1,7 @@
 """The one owner of retries: tenacity, until the first content of an attempt may have been seen.
 
-Waits: what the upstream asks for (`retry-after`, at most LONGEST), else exponential with full jitter, 0.5 s doubling to 20 s
-(the openai SDK's base, a higher cap: our jobs are not waited for by a blocked caller).
+Waits: what the upstream asks for (`retry-after`, at most LONGEST), else exponential with full jitter, 0.5 s doubling
+to 20 s (the openai SDK's base, a higher cap: our jobs are not waited for by a blocked caller).
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ async def persist(
     may_retry: Callable[[UpstreamFailure], bool],
     announce: Callable[[UpstreamFailure, float], None],
 ) -> T:
-    """Run `attempt` until it succeeds, fails for good, or `retries` further tries are used up; raises the last failure."""
+    """Run `attempt` until it succeeds, fails for good, or `retries` further tries are used up; raises the last
+    failure.
+    """
     backoff = wait_random_exponential(multiplier=0.5, max=20)
 
     def wait(state: RetryCallState) -> float:

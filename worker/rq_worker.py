@@ -1,9 +1,9 @@
 """Everything of RQ that this worker touches, in one place. `tests/contract/test_rq_surface.py` names each of it.
 
-`StreamWorker` is an RQ worker to everyone outside: registered, with a heartbeat, a state, executions and counters; it obeys
-commands. What it does not do is fork: work() hands over to one asyncio loop (process.py). RQ's bookkeeping is done in
-batches, in one thread beside the loop, with RQ's own functions on one transaction per batch instead of 20 round trips per
-job. Kept thin, to move onto RQ's own AsyncWorker when it comes (rq pull request 2445).
+`StreamWorker` is an RQ worker to everyone outside: registered, with a heartbeat, a state, executions and counters;
+it obeys commands. What it does not do is fork: work() hands over to one asyncio loop (process.py). RQ's bookkeeping
+is done in batches, in one thread beside the loop, with RQ's own functions on one transaction per batch instead of
+20 round trips per job. Kept thin, to move onto RQ's own AsyncWorker when it comes (rq pull request 2445).
 """
 
 from __future__ import annotations
@@ -104,7 +104,9 @@ class StreamWorker(BaseWorker):
     # Taking --------------------------------------------------------------------------------------------------------
 
     def take(self, most: int) -> Call[list[tuple[int, str]] | None]:
-        """The call that moves up to `most` entries into the intermediate lists: (queue number, RQ id), None = suspended."""
+        """The call that moves up to `most` entries into the intermediate lists: (queue number, RQ id), None =
+        suspended.
+        """
         names = [WORKERS_SUSPENDED]
         for queue in self.queues:
             names += (queue.key, queue.intermediate_queue_key)
@@ -135,9 +137,17 @@ class StreamWorker(BaseWorker):
                 raise PoisonError(f"it carries {name}, which this worker does not run")
         job_id = _asked_for(fields.get(b"data", b""))
         rq_job = Job.create(
-            FUNCTION, args=(job_id,), id=rq_id, origin=self.queues[queue_number].name, timeout=-1, result_ttl=RESULT_TTL,
-            failure_ttl=FAILURE_TTL, description=f"millstream job {job_id}", connection=self.connection, serializer=JSONSerializer,
-        )  # fmt: skip
+            FUNCTION,
+            args=(job_id,),
+            id=rq_id,
+            origin=self.queues[queue_number].name,
+            description=f"millstream job {job_id}",
+            timeout=-1,
+            result_ttl=RESULT_TTL,
+            failure_ttl=FAILURE_TTL,
+            connection=self.connection,
+            serializer=JSONSerializer,
+        )
         return Entry(job_id, rq_job)
 
     # Books: all of this runs in one thread -------------------------------------------------------------------------

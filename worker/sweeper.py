@@ -1,7 +1,8 @@
 """Brings back the jobs nobody works on: leases that ran out at once, vanished deliveries after long patience.
 
-Every worker sweeps; the script rescores what it hands out, so that several sweeps take different jobs. A process sweeps only
-after a whole lease of unbroken connection: after an outage of Redis the living holders must get to renew first.
+Every worker sweeps; the script rescores what it hands out, so that several sweeps take different jobs. A process
+sweeps only after a whole lease of unbroken connection: after an outage of Redis the living holders must get to renew
+first.
 """
 
 from __future__ import annotations

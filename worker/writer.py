@@ -1,8 +1,8 @@
 """One writer per process carries all jobs' events to the log, many jobs in one script call.
 
-A chunk goes out at once when the line is idle. While a call is in flight everything else merges in the outboxes, and the
-next call takes it all: load makes events bigger, not latency longer. `flush` (seconds) sets the least time between calls by
-hand; without it the pause grows with the number of jobs that have something to say, up to MAX_PAUSE.
+A chunk goes out at once when the line is idle. While a call is in flight everything else merges in the outboxes, and
+the next call takes it all: load makes events bigger, not latency longer. `flush` (seconds) sets the least time between
+calls by hand; without it the pause grows with the number of jobs that have something to say, up to MAX_PAUSE.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ MAX_JOBS: Final = 256
 
 MAX_PAUSE: Final = 0.005
 PAUSE_PER_JOB: Final = 0.0001
-"""The pause by load: 0.1 ms per job that was in the last call, 5 ms from 50 jobs on. Measured in budgets: a window of 5 ms
-halves the cost of a chunk at 50 streams and adds 3 ms of latency."""
+"""The pause by load: 0.1 ms per job that was in the last call, 5 ms from 50 jobs on. Measured in budgets: a window
+of 5 ms halves the cost of a chunk at 50 streams and adds 3 ms of latency."""
 
 HEARTBEAT: Final = 0.45
 """Seconds without a write after which a job is carried without events: it renews the lease and learns of a cancel."""

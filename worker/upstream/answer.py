@@ -1,7 +1,7 @@
 """Is the answer whole? What the upstream said about each choice, and what that amounts to. Pure.
 
-`completed` only when every requested choice has a finish reason that means the end and no error was seen. `[DONE]`, a closed
-connection or silence prove nothing.
+`completed` only when every requested choice has a finish reason that means the end and no error was seen. `[DONE]`,
+a closed connection or silence prove nothing.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ class Answer:
             return self.measured
         prompt = -(-self.prompt_bytes // BYTES_PER_TOKEN)
         return {
-            "prompt_tokens": prompt, "completion_tokens": self.pieces, "total_tokens": prompt + self.pieces, "estimated": True,
+            "prompt_tokens": prompt, "completion_tokens": self.pieces, "total_tokens": prompt + self.pieces,
+            "estimated": True,
         }  # fmt: skip
 
     def verdict(self, *, done: bool) -> Verdict:

@@ -1,4 +1,6 @@
-"""One upstream: makes the request with the openai package, reads the body itself. The only module that imports openai."""
+"""One upstream: makes the request with the openai package, reads the body itself. The only module that imports
+openai.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +94,7 @@ class Upstream:
 
     def _redacted(self, failure: UpstreamFailure) -> UpstreamFailure:
         """The failure without the key, should the upstream have echoed it."""
-        if len(self._key) >= 8 and self._key in failure.message:  # noqa: PLR2004 - shorter ones are no secrets
+        if len(self._key) >= 8 and self._key in failure.message:
             failure.message = failure.message.replace(self._key, "***")
             failure.args = (f"{failure.code}: {failure.message}",)
         return failure
@@ -184,4 +186,4 @@ def retry_after(headers: Mapping[str, str], now: float | None = None) -> float |
         if date is None:
             return None
         seconds = email.utils.mktime_tz(date) - (time.time() if now is None else now)
-    return seconds if 0 <= seconds < 86400 else None  # noqa: PLR2004 - also refuses NaN
+    return seconds if 0 <= seconds < 86400 else None

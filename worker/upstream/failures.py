@@ -1,7 +1,7 @@
 """What can go wrong between a request and a whole answer, and which of it is worth another try.
 
-The tables follow the OpenAI API reference and what its dialects were seen to send; anything unknown is worth another try
-unless its status says that the request itself is at fault.
+The tables follow the OpenAI API reference and what its dialects were seen to send; anything unknown is worth another
+try unless its status says that the request itself is at fault.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ FINAL_CODES: Final = frozenset(
     {
         "insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "enforced_spend_limit_reached",
         "access_terminated", "account_deactivated", "invalid_api_key", "model_not_found", "context_length_exceeded",
-        "content_policy_violation", "content_filter", "invalid_request_error", "invalid_prompt", "unsupported_parameter",
+        "content_policy_violation", "content_filter", "invalid_request_error", "invalid_prompt",
+        "unsupported_parameter",
         "string_above_max_length", "invalid_value", "invalid_type", "unsupported_value", "missing_required_parameter",
     }
 )  # fmt: skip
@@ -50,8 +51,8 @@ class UpstreamFailure(Exception):  # noqa: N818 - the failure is the upstream's,
 def from_status(status: int, body: Any, retry_after: float | None = None) -> UpstreamFailure:
     """What a response with an error status means; `body` is its JSON, its text, or None."""
     code, message = describe(body)
-    retryable = status >= 500 or (status in RETRYABLE_STATUSES and code not in FINAL_CODES)  # noqa: PLR2004
-    if 300 <= status < 400:  # noqa: PLR2004
+    retryable = status >= 500 or (status in RETRYABLE_STATUSES and code not in FINAL_CODES)
+    if 300 <= status < 400:
         code, message = "redirect", "the upstream redirects elsewhere; name its final address in OPENAI_BASE_URL"
     return UpstreamFailure(
         code or f"http_{status}", message or f"the upstream answered {status}",
@@ -63,7 +64,7 @@ def from_error(error: Any) -> UpstreamFailure:
     """What an error inside a stream that began with 200 means: an object, a string, or something else."""
     code, message = describe(error)
     status = _status_in(error)
-    retryable = code not in FINAL_CODES and not (400 <= status < 500 and status not in RETRYABLE_STATUSES)  # noqa: PLR2004
+    retryable = code not in FINAL_CODES and not (400 <= status < 500 and status not in RETRYABLE_STATUSES)
     return UpstreamFailure(
         code or "upstream_error", message or "the upstream reported an error without a message",
         retryable=retryable, status=status,
@@ -89,4 +90,4 @@ def _status_in(error: Any) -> int:
     inner = error.get("error", error) if isinstance(error, dict) else None
     code = inner.get("code") or inner.get("status") if isinstance(inner, dict) else None
     text = str(code)
-    return int(text) if text.isdigit() and 100 <= int(text) < 600 else 0  # noqa: PLR2004
+    return int(text) if text.isdigit() and 100 <= int(text) < 600 else 0

@@ -1,7 +1,8 @@
 """Server-sent events, decoded from bytes as they come. Pure: feed it packets, get the data of whole events.
 
-The grammar is the WHATWG HTML standard's, section 9.2.6: an optional BOM, lines ended by LF, CR or CRLF, fields `data`, `event`,
-`id` and `retry`, comments, an empty line ends an event. A packet may end anywhere, inside a CRLF or a character too.
+The grammar is the WHATWG HTML standard's, section 9.2.6: an optional BOM, lines ended by LF, CR or CRLF, fields
+`data`, `event`, `id` and `retry`, comments, an empty line ends an event. A packet may end anywhere, inside a CRLF or
+a character too.
 """
 
 from __future__ import annotations

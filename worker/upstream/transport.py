@@ -1,7 +1,8 @@
 """The openai SDK's requests, carried by aiohttp, with the response's body left to be read as raw bytes.
 
-The SDK's own aiohttp transport wraps each read in httpx2's layers and caps itself at 100 connections; this one hands the
-aiohttp response through (`body_of`), reads error bodies up to a limit, follows no redirect and asks for no compression.
+The SDK's own aiohttp transport wraps each read in httpx2's layers and caps itself at 100 connections; this one hands
+the aiohttp response through (`body_of`), reads error bodies up to a limit, follows no redirect and asks for no
+compression.
 """
 
 from __future__ import annotations
