@@ -42,6 +42,7 @@ class Processes:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._started: list[subprocess.Popen[str]] = []
+        self._names: dict[int, str] = {}
 
     def __enter__(self) -> Processes:
         if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
@@ -49,9 +50,15 @@ class Processes:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        # The newest first: a worker should not see its Redis vanish.
-        for process in reversed(self._started):
-            self.end(process)
+        # The newest first: a worker should not see its Redis vanish. Those of one name together, as 25 take their time.
+        while self._started:
+            name = self._names[self._started[-1].pid]
+            group = [process for process in self._started if self._names[process.pid] == name]
+            for process in group:
+                with contextlib.suppress(ProcessLookupError):
+                    process.terminate()
+            for process in reversed(group):
+                self.end(process)
         orphans = proc.descendants(os.getpid())
         for pid in orphans:
             with contextlib.suppress(ProcessLookupError):
@@ -72,6 +79,7 @@ class Processes:
                 stderr=log, env={**os.environ, **(env or {})}, text=True, start_new_session=True,
             )
         self._started.append(process)
+        self._names[process.pid] = name
         if core is not None:
             proc.pin([process.pid], core)
         return process
