@@ -13,18 +13,28 @@ from .toolchain import BenchError, build_stub
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench", description="What Millstream costs beside a naive baseline.")
-    parser.add_argument("--quick", action="store_true", help="under a minute: the ratios at 50 and 200 streams; writes nothing")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description="What Millstream costs beside a naive baseline."
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="under a minute: the ratios at 50 and 200 streams; writes nothing"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="times every case is measured in a full run (default 3)")
-    parser.add_argument("--seconds", type=float, default=6.0, help="length of one measurement in a full run (default 6)")
-    parser.add_argument("--only", default="", help="only cases whose label contains this (such as naive, 'product 200', TLS)")
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where a full run writes its report (default docs/)")
+    parser.add_argument(
+        "--seconds", type=float, default=6.0, help="length of one measurement in a full run (default 6)"
+    )
+    parser.add_argument(
+        "--only", default="", help="only cases whose label contains this (such as naive, 'product 200', TLS)"
+    )
+    parser.add_argument(
+        "--docs", type=Path, default=ROOT / "docs", help="where a full run writes its report (default docs/)"
+    )
     parser.add_argument("--json", type=Path, help="also write all results here")
     return parser.parse_args()
 
 
 def main() -> int:
-    """Exit status: 0 measured, whatever the figures; 1 something could not be measured; 2 the bench cannot run here; 130 Ctrl-C."""
+    """Exit status: 0 measured, whatever the figures; 1 something was not; 2 cannot run here; 130 Ctrl-C."""
     arguments = _arguments()
     # A supervisor's SIGTERM ends the bench as Ctrl-C does: with everything it started.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -41,8 +51,9 @@ def main() -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    print(report.terminal(results))
-    if not arguments.quick and not arguments.only:
+    partial = arguments.quick or bool(arguments.only)
+    print(report.terminal(results, measured_only=partial))
+    if not partial:
         print("wrote " + ", ".join(str(path) for path in report.write(results, arguments.docs)), file=sys.stderr)
     if arguments.json:
         arguments.json.write_text(report.as_json(results))

@@ -18,7 +18,7 @@ _LIMIT_S = 300
 
 @dataclass(frozen=True)
 class BigAnswer:
-    """`rss_kb` are readings every 50 ms. `growth_kb` is their highest less the level after an answer of 8 MB before it."""
+    """`rss_kb` are readings every 50 ms; `growth_kb` is their highest less that after an answer of 8 MB."""
 
     text_mb: float
     seconds: float

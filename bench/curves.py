@@ -17,7 +17,9 @@ Series = Mapping[str, Sequence[tuple[float, float]]]
 
 def ticks(low: float, high: float) -> list[float]:
     """1, 2 and 5 times powers of ten, from the last at or below `low` to the first at or above `high`."""
-    steps = [m * 10.0**e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1) for m in (1, 2, 5)]
+    steps = [
+        m * 10.0**e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1) for m in (1, 2, 5)
+    ]
     first = max(step for step in steps if step <= low * 1.0001)
     last = min(step for step in [*steps, steps[-1] * 2] if step >= high * 0.9999)
     return [step for step in steps if first <= step <= last]
@@ -39,14 +41,19 @@ def chart(title: str, x_name: str, y_name: str, series: Series, *, limit: tuple[
         return _HEIGHT - _BOTTOM - (_HEIGHT - _TOP - _BOTTOM) * _share(y, ys)
 
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" font-family="sans-serif"'
-        f' font-size="12" fill="{_GREY}"><title>{escape(title)}</title>',
+        (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img"'
+            f' font-family="sans-serif" font-size="12" fill="{_GREY}"><title>{escape(title)}</title>'
+        ),
         _text(_LEFT, 20, title, size=15),
         _text(_WIDTH - _RIGHT, _HEIGHT - 10, x_name, anchor="end"),
         _text(_LEFT, 40, y_name),
     ]
     for x in xs:
-        parts += [_line(across(x), _TOP, across(x), _HEIGHT - _BOTTOM), _text(across(x), _HEIGHT - _BOTTOM + 16, f"{x:g}", "middle")]
+        parts += [
+            _line(across(x), _TOP, across(x), _HEIGHT - _BOTTOM),
+            _text(across(x), _HEIGHT - _BOTTOM + 16, f"{x:g}", "middle"),
+        ]
     for y in ys:
         parts += [_line(_LEFT, down(y), _WIDTH - _RIGHT, down(y)), _text(_LEFT - 6, down(y) + 4, f"{y:g}", "end")]
     if limit:
@@ -78,4 +85,6 @@ def _line(x1: float, y1: float, x2: float, y2: float, *, dashed: bool = False) -
 
 
 def _text(x: float, y: float, text: str, anchor: str = "start", *, size: int = 12, colour: str = _GREY) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" fill="{colour}">{escape(text)}</text>'
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" fill="{colour}">{escape(text)}</text>'
+    )

@@ -1,6 +1,6 @@
 """How fast the stub is, without anything to test: one process that reads its streams and throws the bytes away.
 
-`python -m bench.drain [CONNECTIONS] [RATE]`, 2,000 and 50 unless told, prints what the stub served and what CPU that took it.
+`python -m bench.drain [CONNECTIONS] [RATE]`, 2,000 and 50 unless told, prints what the stub served, and its CPU for it.
 """
 
 from __future__ import annotations
@@ -44,10 +44,11 @@ def main(connections: int = 2000, rate: int = 50, seconds: float = 5.0) -> None:
         drain(at + seconds)
         after, passed, mine = here.stub.stats(), time.monotonic() - at, time.process_time() - mine
         sent, cpu = after["sent"] - before["sent"], after["cpu_us"] - before["cpu_us"]
+        share, late = cpu / passed / 1e4, after["late_max_us"] / 1000
         print(
-            f"stub: {sent / passed:,.0f} chunks/s of {connections * rate:,} asked for, at {cpu / passed / 1e4:.0f} % of a core"
+            f"stub: {sent / passed:,.0f} chunks/s of {connections * rate:,} asked for, at {share:.0f} % of a core"
             f" ({cpu / max(sent, 1):.2f} us a chunk, {sent / max(cpu, 1) * 1e6:,.0f} chunks/s per core);"
-            f" at most {after['late_max_us'] / 1000:.1f} ms late; the reader took {mine / passed * 100:.0f} % of the other core"
+            f" at most {late:.1f} ms late; the reader took {mine / passed * 100:.0f} % of the other core"
         )
         for sock in open_ones.values():
             sock.close()

@@ -13,7 +13,7 @@ from .toolchain import BenchError
 from .world import world
 
 _PAUSE_S = 0.25
-"""Between two jobs: a stock RQ worker needs some of it to bury its work-horse. Varied, so as to meet no timer in step."""
+"""Between two jobs: a stock RQ worker needs some of it to bury its work-horse. Varied, to meet no timer in step."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ class FirstChunk:
 def measure(name: str, *, trials: int = 30) -> FirstChunk:
     system: System = named(name)
     with world() as here:
-        assert system.pattern is not None  # noqa: S101 - only systems that publish have a first chunk
+        assert system.pattern is not None
         system.start(here, 1 if name == "naive" else 200)
         subscription = Subscription(here.valkey.host, here.valkey.port, system.pattern)
         here.settle(system.pids())
         before, waits = here.stub.stats(), []
         for _ in range(trials):
-            time.sleep(_PAUSE_S + random.random() * 0.05)  # noqa: S311 - no secret
+            time.sleep(_PAUSE_S + random.random() * 0.05)
             waits.append(_one(system, subscription))
         subscription.close()
         after = here.stub.stats()

@@ -38,8 +38,7 @@ class Histogram:
             bucket = _bucket(value)
             counts[bucket] = counts.get(bucket, 0) + 1
             self.count += 1
-            if value > self.largest:
-                self.largest = value
+            self.largest = max(self.largest, value)
 
     def quantile(self, q: float) -> int:
         """The smallest bucket top that at least the share `q` of all values does not exceed; 0 when empty."""

@@ -58,7 +58,13 @@ def measure(*, jobs: int = 10, chunks: int = 1000, rate: int = 100) -> LogMemory
         while (after := logs.at_rest()).packs >= live.packs and time.monotonic() < until:
             pass
     return LogMemory(
-        jobs, live.events, live.packs, jobs * chunks, live.size, after.size, after.packs,
+        jobs,
+        live.events,
+        live.packs,
+        jobs * chunks,
+        live.size,
+        after.size,
+        after.packs,
         repacked=after.packs < live.packs,
     )
 

@@ -1,12 +1,12 @@
-"""What a job costs beside its chunks, measured as a slope: many jobs less few jobs, so that starting and ending cancel out.
+"""What a job costs beside its chunks, as a slope: many jobs less few jobs, so that starting and ending cancel out.
 
-The jobs are queued before the workers start (in burst mode, which ends when nothing is left), so neither the producer's CPU
-nor its commands are counted.
+The jobs are queued before the workers start (in burst mode, which ends when nothing is left), so neither the producer's
+CPU nor its commands are counted.
 
 - product: jobs of one chunk. Each pays RQ, claim, limits, the upstream request, three events and the end. From this the
-  same requests made by the floor are taken off; what remains is all that surrounds the request, of which RQ's bookkeeping
-  is a part. The product's figure is thus an upper bound.
-- naive: a function that does nothing (`time.time`), on one stock `rq worker`: RQ's bookkeeping and its fork, nothing else.
+  same requests made by the floor are taken off; what remains is all that surrounds the request, RQ's bookkeeping being
+  a part of it. The product's figure is thus an upper bound.
+- naive: a function that does nothing (`time.time`), on one stock `rq worker`: RQ's bookkeeping and its fork, no more.
 
 Round trips are Valkey's `total_reads_processed`: a pipeline or a script call that arrives in one read counts as one.
 """
@@ -55,8 +55,12 @@ def measure(name: str, few: int, many: int) -> PerJob:
     low, high = _burst(name, few), _burst(name, many)
     jobs = many - few
     return PerJob(
-        name, jobs, (high.cpu_ms - low.cpu_ms) / jobs, (high.wall_ms - low.wall_ms) / jobs,
-        (high.reads - low.reads) / jobs, (high.commands - low.commands) / jobs,
+        name,
+        jobs,
+        (high.cpu_ms - low.cpu_ms) / jobs,
+        (high.wall_ms - low.wall_ms) / jobs,
+        (high.reads - low.reads) / jobs,
+        (high.commands - low.commands) / jobs,
     )
 
 

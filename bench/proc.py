@@ -19,7 +19,7 @@ def _stat(pid: int) -> list[str]:
 def descendants(pid: int) -> list[int]:
     """Every process below `pid`, parents before their children, without `pid` itself."""
     children: dict[int, list[int]] = {}
-    for name in os.listdir("/proc"):
+    for name in (entry.name for entry in Path("/proc").iterdir()):
         if name.isdigit():
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 children.setdefault(int(_stat(int(name))[1]), []).append(int(name))
@@ -38,9 +38,9 @@ def pin(pids: Iterable[int], core: int) -> None:
     """Lets every thread of these processes, and what they start from now on, run on `core` alone."""
     for pid in pids:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            for thread in os.listdir(f"/proc/{pid}/task"):
+            for thread in Path(f"/proc/{pid}/task").iterdir():
                 with contextlib.suppress(ProcessLookupError):
-                    os.sched_setaffinity(int(thread), {core})
+                    os.sched_setaffinity(int(thread.name), {core})
 
 
 def cpu_us(pids: Iterable[int]) -> int:
@@ -86,6 +86,6 @@ def busy_us(cores: Iterable[int]) -> int:
 
 
 def cores() -> tuple[int, int]:
-    """The core for stub, Redis and subscriber, and the core for the process under test; the same one if there is no other."""
+    """The core for stub, Redis and subscriber, and the core for the process under test; one and the same if need be."""
     usable = sorted(os.sched_getaffinity(0))
     return usable[0], usable[1] if len(usable) > 1 else usable[0]

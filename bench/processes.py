@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Self, TypeVar
 
 from . import proc
 from .toolchain import BenchError
@@ -44,7 +44,7 @@ class Processes:
         self._started: list[subprocess.Popen[str]] = []
         self._names: dict[int, str] = {}
 
-    def __enter__(self) -> Processes:
+    def __enter__(self) -> Self:
         if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
             raise BenchError(f"cannot become the reaper of orphans: {os.strerror(ctypes.get_errno())}")
         return self
@@ -68,15 +68,25 @@ class Processes:
                 os.waitpid(pid, 0)
 
     def start(
-        self, name: str, argv: Sequence[str], *, core: int | None = None, env: Mapping[str, str] | None = None,
+        self,
+        name: str,
+        argv: Sequence[str],
+        *,
+        core: int | None = None,
+        env: Mapping[str, str] | None = None,
         talk: bool = False,
     ) -> subprocess.Popen[str]:
         """Starts a process, pinned to `core`; it writes to NAME.log, or with `talk` its stdin and stdout are pipes."""
         # A group of its own: Ctrl-C reaches the bench alone, which then ends the others in order.
         with (self.folder / f"{name}.log").open("a") as log:
             process = subprocess.Popen(
-                argv, stdin=subprocess.PIPE if talk else subprocess.DEVNULL, stdout=subprocess.PIPE if talk else log,
-                stderr=log, env={**os.environ, **(env or {})}, text=True, start_new_session=True,
+                argv,
+                stdin=subprocess.PIPE if talk else subprocess.DEVNULL,
+                stdout=subprocess.PIPE if talk else log,
+                stderr=log,
+                env={**os.environ, **(env or {})},
+                text=True,
+                start_new_session=True,
             )
         self._started.append(process)
         self._names[process.pid] = name

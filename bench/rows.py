@@ -71,8 +71,8 @@ def holds(run: Steady) -> bool:
     return run.p99_us < HELD_P99_MS * 1000 and run.delivered >= HELD_DELIVERED
 
 
-def _most_held(results: Results, cases: list[Case]) -> str | int:
-    """The largest count that holds with every smaller one measured; as text where even the largest does, or none."""
+def _most_held(results: Results, cases: list[Case]) -> int:
+    """The largest measured count that holds together with every smaller one; 0 if none does."""
     most = 0
     measured = [run for case in cases if (run := results.steady.get(case.label))]
     for run in sorted(measured, key=lambda run: run.streams):
@@ -89,13 +89,21 @@ def _streams(results: Results, *, tls: bool, budget: int) -> Row:
         if tls and (why := next((why for label, why in results.failures.items() if "TLS" in label), None)):
             return Row(what, "-", "not measured", why.splitlines()[0], None)
         return _missing(what, f"at least {budget}")
-    held = int(_most_held(results, cases))
-    largest = max(results.steady[case.label].streams for case in cases if case.label in results.steady)
-    naive = "-" if tls else str(_most_held(results, [Case("naive", streams) for streams in NAIVE]))
+    held = _most_held(results, cases)
+    tried = [results.steady[case.label].streams for case in cases if case.label in results.steady]
+    naive = "-" if tls else _naive_held(results)
     # A run that never tried so many (the quick one) has not missed the budget.
-    met = True if held >= budget else None if held == largest else False
-    more = " (all that was tried)" if held == largest else ""
-    return Row(what, naive, f"{held}{more}", f"at least {budget}", met)
+    met = True if held >= budget else None if held == max(tried) else False
+    found = f"{held}{' (all that was tried)' if held == max(tried) else ''}" if held else f"fewer than {min(tried)}"
+    return Row(what, naive, found, f"at least {budget}", met)
+
+
+def _naive_held(results: Results) -> str:
+    cases = [Case("naive", streams) for streams in NAIVE]
+    tried = [results.steady[case.label].streams for case in cases if case.label in results.steady]
+    if not tried:
+        return "-"
+    return str(_most_held(results, cases) or f"fewer than {min(tried)}")
 
 
 def _latency(results: Results, what: str, case: Case, p50_ms: float, p99_ms: float) -> Row:
@@ -151,7 +159,9 @@ def _big_answer(results: Results) -> Row:
     if not found:
         return _missing(what, f"flat within {budget_mb} MB")
     grown = found.growth_kb / 1024
-    return Row(what, "-", f"{grown:+.1f} MB in {found.seconds:.0f} s", f"flat within {budget_mb} MB", grown <= budget_mb)
+    return Row(
+        what, "-", f"{grown:+.1f} MB in {found.seconds:.0f} s", f"flat within {budget_mb} MB", grown <= budget_mb
+    )
 
 
 def _valkey(results: Results) -> Row:

@@ -8,7 +8,6 @@ import os
 import ssl
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ def _binary() -> str:
 
 
 class Valkey:
-    """A private Valkey, as the guarantees want it: noeviction, AOF with fsync every second, for baseline and product alike.
+    """A private Valkey as the guarantees want it, for baseline and product alike: noeviction, AOF with `everysec`.
 
     Automatic AOF rewrites are off, so that no run pays for what another has written.
     """
@@ -69,18 +68,20 @@ class Stub:
         argv = [str(build_stub(tls=tls))]
         self.ca: Path | None = processes.folder / "stub.pem" if tls else None
         self.process = processes.start("stub", argv + ([str(self.ca)] if self.ca else []), core=core, talk=True)
-        assert self.process.stdout is not None  # noqa: S101 - talk=True made it a pipe
+        assert self.process.stdout is not None
         word, _, port = self.process.stdout.readline().partition(" ")
         if word != "ready":
             raise BenchError(f"the stub did not start:\n{processes.tail('stub')}")
         self.port = int(port)
         self.url = f"http{'s' if tls else ''}://127.0.0.1:{self.port}/v1"
-        trust = ssl.create_default_context(cafile=str(self.ca)) if self.ca else None
-        self._http: http.client.HTTPConnection = (
-            http.client.HTTPSConnection("127.0.0.1", self.port, timeout=30, context=trust)
-            if trust
-            else http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
-        )
+        self._trust = ssl.create_default_context(cafile=str(self.ca)) if self.ca else None
+        self._http = self.connect()
+
+    def connect(self) -> http.client.HTTPConnection:
+        """A fresh connection to it."""
+        if self._trust:
+            return http.client.HTTPSConnection("127.0.0.1", self.port, timeout=30, context=self._trust)
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
 
     def _get(self, path: str) -> Any:
         self._http.request("GET", path)
@@ -131,7 +132,7 @@ class Subscriber:
         self._answer()
 
     def _answer(self) -> str:
-        assert self.process.stdout is not None  # noqa: S101 - talk=True made it a pipe
+        assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
             self.process.wait(timeout=5)
@@ -139,7 +140,7 @@ class Subscriber:
         return line
 
     def _ask(self, word: str) -> Heard:
-        assert self.process.stdin is not None  # noqa: S101 - talk=True made it a pipe
+        assert self.process.stdin is not None
         self.process.stdin.write(word + "\n")
         self.process.stdin.flush()
         return msgspec.json.decode(self._answer(), type=Heard)

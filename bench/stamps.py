@@ -7,7 +7,7 @@ import time
 WIDTH = 4
 """Characters of one stamp, about what a token has."""
 UNIT_US = 10
-WRAP = 62**WIDTH
+WRAP: int = 62**WIDTH
 """Stamps count units of 10 us modulo this, 147.7 s; an age beyond that would be taken for a small one."""
 
 _DIGITS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"

@@ -11,6 +11,7 @@ from . import proc
 from .processes import wait_until
 from .servers import Heard, Subscriber
 from .systems import System, named
+from .toolchain import BenchError
 from .world import World, world
 
 RATE = 50
@@ -120,23 +121,35 @@ def _ended(subscriber: Subscriber, jobs: int) -> Heard:
     return heard
 
 
-def _steady(
-    case: Case, before: _Mark, after: _Mark, pss: tuple[int, int], last: Heard | None, unended: int
-) -> Steady:
+def _steady(case: Case, before: _Mark, after: _Mark, pss: tuple[int, int], last: Heard | None, unended: int) -> Steady:
     passed = after.at - before.at
     heard = after.heard
     chunks = heard.chunks if heard else after.sent - before.sent  # the floor publishes nothing: count what it was sent
+    if not chunks:
+        raise BenchError(f"{case.label}: not one chunk arrived within {passed:.1f} s")
     tested, helpers = after.tested_us - before.tested_us, after.helpers_us - before.helpers_us
     foreign = after.busy_us - before.busy_us - tested - helpers
     # The baseline's idle workers are as many as its streams: a stream there costs all of its two processes.
     base = 0 if case.system == "naive" else pss[0]
     return Steady(
-        case=case.label, streams=case.streams, seconds=passed, chunks=chunks, events=heard.events if heard else 0,
-        delivered=chunks / (passed * RATE * case.streams), cpu_us=tested / max(chunks, 1),
-        valkey_us=(after.valkey_us - before.valkey_us) / max(chunks, 1),
-        p50_us=heard.p50_us if heard else 0, p99_us=heard.p99_us if heard else 0, max_us=heard.max_us if heard else 0,
-        idle_pss_kb=pss[0], pss_kb_per_stream=(pss[1] - base) / case.streams,
-        core_load=tested / 1e6 / passed, helper_load=helpers / 1e6 / passed, foreign_load=max(foreign, 0) / 1e6 / passed,
-        gaps=last.gaps if last else 0, duplicates=last.duplicates if last else 0, odd=last.odd if last else 0,
+        case=case.label,
+        streams=case.streams,
+        seconds=passed,
+        chunks=chunks,
+        events=heard.events if heard else 0,
+        delivered=chunks / (passed * RATE * case.streams),
+        cpu_us=tested / chunks,
+        valkey_us=(after.valkey_us - before.valkey_us) / chunks,
+        p50_us=heard.p50_us if heard else 0,
+        p99_us=heard.p99_us if heard else 0,
+        max_us=heard.max_us if heard else 0,
+        idle_pss_kb=pss[0],
+        pss_kb_per_stream=(pss[1] - base) / case.streams,
+        core_load=tested / 1e6 / passed,
+        helper_load=helpers / 1e6 / passed,
+        foreign_load=max(foreign, 0) / 1e6 / passed,
+        gaps=last.gaps if last else 0,
+        duplicates=last.duplicates if last else 0,
+        odd=last.odd if last else 0,
         unended=unended,
     )

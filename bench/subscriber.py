@@ -1,8 +1,8 @@
 """A live consumer that costs little: reads every chunk's age off the text, and checks each job's seqs.
 
-`python -m bench.subscriber HOST PORT PATTERN` subscribes, prints "ready", then answers each line on its stdin with one line
-of JSON: `look` tells the counts, `take` tells them and begins anew. It ends when its stdin does. It speaks RESP over a
-plain socket with hiredis' reader, because redis-py's own pub/sub costs five times as much per message.
+`python -m bench.subscriber HOST PORT PATTERN` subscribes, prints "ready", then answers each line on its stdin with one
+line of JSON: `look` tells the counts, `take` tells them and begins anew. It ends when its stdin does. It speaks RESP
+over a plain socket with hiredis' reader, because redis-py's own pub/sub costs five times as much per message.
 """
 
 from __future__ import annotations
@@ -76,11 +76,17 @@ class Tally:
     def report(self) -> dict[str, int]:
         unit = stamps.UNIT_US
         return {
-            "chunks": self.chunks, "events": self.events,
-            "p50_us": self.latencies.quantile(0.5) * unit, "p99_us": self.latencies.quantile(0.99) * unit,
+            "chunks": self.chunks,
+            "events": self.events,
+            "p50_us": self.latencies.quantile(0.5) * unit,
+            "p99_us": self.latencies.quantile(0.99) * unit,
             "max_us": self.latencies.largest * unit,
-            "jobs": len(self._last), "ended": self.ended, "completed": self.completed,
-            "gaps": self.gaps, "duplicates": self.duplicates, "odd": self.odd,
+            "jobs": len(self._last),
+            "ended": self.ended,
+            "completed": self.completed,
+            "gaps": self.gaps,
+            "duplicates": self.duplicates,
+            "odd": self.odd,
             "cpu_us": time.process_time_ns() // 1000,
         }
 

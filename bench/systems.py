@@ -59,7 +59,7 @@ class Product:
         first = self.submit("stub:rate=0,chunks=1")
 
         def ended() -> bool:
-            assert self._process is not None  # noqa: S101 - set just above
+            assert self._process is not None
             world.processes.alive(self._process, "worker")
             return str(self.client.status(first).status) == "completed"
 
@@ -73,7 +73,7 @@ class Product:
         return str(self.client.submit("Write a quicksort", model=model).id)
 
     def pids(self) -> list[int]:
-        assert self._process is not None  # noqa: S101 - start() comes first
+        assert self._process is not None
         return proc.tree([self._process.pid])
 
 
@@ -127,14 +127,14 @@ class Floor:
     def spawn(self, world: World, streams: int) -> subprocess.Popen[str]:
         argv = [sys.executable, "-m", "bench.floor", str(streams)]
         process = world.processes.start("floor", argv, env=_environment(world), talk=True)
-        assert process.stdout is not None  # noqa: S101 - talk=True made it a pipe
+        assert process.stdout is not None
         if not process.stdout.readline():
             process.wait(timeout=5)
             world.processes.alive(process, "floor")
         return process
 
     def submit(self, model: str) -> str:
-        assert self._process.stdin is not None  # noqa: S101 - talk=True made it a pipe
+        assert self._process.stdin is not None
         self._process.stdin.write(model + "\n")
         self._process.stdin.flush()
         return model
