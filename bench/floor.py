@@ -1,7 +1,7 @@
 """The floor: the same requests read by a bare loop that only counts, without RQ, Redis, retries or any guarantee.
 
 `python -m bench.floor STREAMS` reads a model's name per line from stdin and streams each, at most STREAMS at a time,
-the way the product must at least: the openai package's request over aiohttp, the body taken as bytes. Ends after its stdin.
+the way the product must at least: the openai package's request over aiohttp, the body as bytes. Ends after its stdin.
 """
 
 from __future__ import annotations

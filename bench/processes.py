@@ -1,7 +1,7 @@
 """Starting and ending processes, so that none outlives the bench.
 
 Every process of a bench is a descendant of the bench: it makes itself the reaper of orphans, because a killed RQ worker
-leaves its work-horse behind. So ending all descendants, by their ids, leaves nothing running.
+leaves its work-horse behind. So ending all new descendants, by their ids, leaves nothing running.
 """
 
 from __future__ import annotations
@@ -37,19 +37,33 @@ def wait_until(what: str, question: Callable[[], T | None], *, seconds: float, p
 
 
 class Processes:
-    """The processes of one measurement and the folder of their outputs; leaving the context ends them all."""
+    """The processes of one measurement and the folder of their outputs; leaving the context ends them all.
+
+    Descendants of this process that were there before it was entered are none of its business.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._started: list[subprocess.Popen[str]] = []
         self._names: dict[int, str] = {}
+        self._strangers: set[int] = set()
 
     def __enter__(self) -> Self:
+        self._strangers = set(proc.descendants(os.getpid()))
         if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
             raise BenchError(f"cannot become the reaper of orphans: {os.strerror(ctypes.get_errno())}")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        # A second Ctrl-C must not stop the clearing up, which takes 3 s a name at most.
+        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            self._end_started()
+            self._end_orphans()
+        finally:
+            signal.signal(signal.SIGINT, interrupt)
+
+    def _end_started(self) -> None:
         # The newest first: a worker should not see its Redis vanish. Those of one name together, as 25 take their time.
         while self._started:
             name = self._names[self._started[-1].pid]
@@ -59,13 +73,16 @@ class Processes:
                     process.terminate()
             for process in reversed(group):
                 self.end(process)
-        orphans = proc.descendants(os.getpid())
-        for pid in orphans:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        for pid in orphans:
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(pid, 0)
+
+    def _end_orphans(self) -> None:
+        # Again until none is left: a grandchild becomes ours to bury only once its parent is dead.
+        while orphans := set(proc.descendants(os.getpid())) - self._strangers:
+            for pid in orphans:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            for pid in orphans:
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(pid, 0)
 
     def start(
         self,

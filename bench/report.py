@@ -60,8 +60,9 @@ def markdown(results: Results) -> str:
 
 
 _INTRODUCTION = (
-    "Written by `make bench`; do not edit. Absolute figures drift by 30 % from run to run on a shared machine, the ratios\n"
-    "hold: baseline and product took turns in one run, and figures of a steady load are medians over its rounds ({rounds})."
+    "Written by `make bench`; do not edit. Absolute figures drift by 30 % from run to run on a shared machine, the\n"
+    "ratios hold: baseline and product took turns in one run, and what is said of a steady load are medians over its\n"
+    "rounds ({rounds})."
 )
 _UNITS = (
     "CPU in us per chunk, latency in ms, loads as shares of a core: the process under test, the bench's own helpers,\n"

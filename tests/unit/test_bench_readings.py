@@ -167,6 +167,16 @@ def test_leaving_ends_even_what_a_killed_process_left_behind(tmp_path: Path) -> 
     assert not Path(f"/proc/{orphan}").exists()
 
 
+def test_a_process_that_was_there_before_is_left_alone(tmp_path: Path) -> None:
+    """The bench ends what it started and nothing else."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as stranger:
+        assert stranger.stdin
+        with Processes(tmp_path) as processes:
+            processes.start("own", [sys.executable, "-c", "import time; time.sleep(60)"])
+        assert stranger.poll() is None
+        stranger.stdin.close()
+
+
 def test_ending_a_process_ends_its_children_too(tmp_path: Path) -> None:
     """No child survives its parent's end, whoever would adopt it."""
     parent = (
