@@ -45,6 +45,7 @@ def _stream(product: Product, here: World, text_mb: int) -> list[int]:
     job = product.submit(f"stub:rate=0,chunks={size // _CONTENT},content={_CONTENT}")
     readings, until = [], time.monotonic() + _LIMIT_S
     while (status := str(product.client.status(job).status)) in ("queued", "in_progress"):
+        here.processes.check()
         readings.append(proc.memory_kb(product.pids())[0])
         if time.monotonic() > until:
             raise BenchError(f"{text_mb} MB of text were not through within {_LIMIT_S} s")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from .subscriber import Subscription, Tally
 from .systems import System, named
 from .toolchain import BenchError
-from .world import world
+from .world import World, world
 
 _PAUSE_S = 0.25
 """Between two jobs: a stock RQ worker needs some of it to bury its work-horse. Varied, to meet no timer in step."""
@@ -37,7 +37,7 @@ def measure(name: str, *, trials: int = 30) -> FirstChunk:
         before, waits = here.stub.stats(), []
         for _ in range(trials):
             time.sleep(_PAUSE_S + random.random() * 0.05)
-            waits.append(_one(system, subscription))
+            waits.append(_one(here, system, subscription))
         subscription.close()
         after = here.stub.stats()
     requests = after["requests"] - before["requests"]
@@ -45,13 +45,14 @@ def measure(name: str, *, trials: int = 30) -> FirstChunk:
     return FirstChunk(name, trials, statistics.median(waits) - own, max(waits) - own, own)
 
 
-def _one(system: System, subscription: Subscription) -> float:
+def _one(here: World, system: System, subscription: Subscription) -> float:
     """Streams one job to its end; returns its milliseconds to the first chunk."""
     tally, first = Tally(), 0.0
     began = time.monotonic_ns()
     job = f"{{{system.submit('stub:rate=50,chunks=3,phase=0')}}}".encode()
     until = began + 20 * 10**9
     while not tally.ended:
+        here.processes.check()
         for channel, data in subscription.messages():
             if job in channel:
                 tally.message(channel, data, 0)

@@ -83,7 +83,7 @@ def _burst(name: str, jobs: int) -> _Burst:
             raise BenchError(f"{name}: {jobs} small jobs were not done within 120 s") from None
         wall, now = time.monotonic() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
         if process.returncode:
-            here.processes.alive(process, {"naive": "rq", "product": "worker"}.get(name, name))
+            here.processes.check()
         _check(name, here, jobs)
         after = _served(here)
     # Of reaped children: this one alone was waited for meanwhile, its own children are in its account.

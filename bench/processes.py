@@ -131,10 +131,21 @@ class Processes:
         if process in self._started:
             self._started.remove(process)
 
-    def alive(self, process: subprocess.Popen[str], name: str) -> None:
-        """Raises BenchError with the end of NAME.log if the process has ended."""
-        if process.poll() is not None:
-            raise BenchError(f"{name} ended with status {process.returncode}:\n{self.tail(name)}")
+    def check(self) -> None:
+        """Raises BenchError with the end of its log if a process has ended that nobody ended."""
+        for process in self._started:
+            if process.poll() is not None:
+                name = self._names[process.pid]
+                raise BenchError(f"{name} ended with status {process.returncode}:\n{self.tail(name)}")
+
+    def wait_until(self, what: str, question: Callable[[], T | None], *, seconds: float, pause: float = 0.02) -> T:
+        """As the function of that name; ends at once if a process has ended, as its answer would never come."""
+
+        def checked() -> T | None:
+            self.check()
+            return question()
+
+        return wait_until(what, checked, seconds=seconds, pause=pause)
 
     def tail(self, name: str, size: int = 1500) -> str:
         path = self.folder / f"{name}.log"

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import redis
 
-from .processes import Processes, wait_until
+from .processes import Processes
 from .toolchain import BenchError, build_stub
 
 
@@ -44,13 +44,12 @@ class Valkey:
         self.client = redis.Redis.from_url(self.url, decode_responses=True)
 
         def answers() -> bool:
-            processes.alive(self.process, "valkey")
             try:
                 return bool(self.client.ping())
             except redis.ConnectionError:
                 return False
 
-        wait_until("Valkey to answer", answers, seconds=10)
+        processes.wait_until("Valkey to answer", answers, seconds=10)
 
     def info(self) -> dict[str, Any]:
         return dict(self.client.info("everything"))
@@ -136,7 +135,7 @@ class Subscriber:
         line = self.process.stdout.readline()
         if not line:
             self.process.wait(timeout=5)
-            self._processes.alive(self.process, "subscriber")
+            self._processes.check()
         return line
 
     def _ask(self, word: str) -> Heard:

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from . import proc
-from .processes import wait_until
 from .servers import Heard, Subscriber
 from .systems import System, named
 from .toolchain import BenchError
@@ -93,11 +92,16 @@ def measure(case: Case, *, seconds: float) -> Steady:
         subscriber = here.subscribe(system.pattern) if system.pattern else None
         system.start(here, case.streams)
         idle = proc.memory_kb(system.pids())[1]
-        gone = subscriber.look().ended if subscriber else 0
+        gone = system.jobs_before
+        if subscriber:
+            listening = subscriber
+            here.processes.wait_until("the first job's end", lambda: listening.look().ended == gone, seconds=10)
         for _ in range(case.streams):
             system.submit(f"stub:rate={RATE},chunks=1000000,hold=1")
         # Held: all streams are open before the first chunk flows, so that none is measured while others still start.
-        wait_until(f"{case.streams} streams to be open", lambda: here.stub.stats()["held"] == case.streams, seconds=120)
+        here.processes.wait_until(
+            f"{case.streams} streams to be open", lambda: here.stub.stats()["held"] == case.streams, seconds=120
+        )
         pids = system.pids()
         here.settle(pids)
         here.stub.go()

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from rq import Queue
 
 from . import proc
-from .processes import wait_until
 from .servers import ROOT
 
 if TYPE_CHECKING:
@@ -20,10 +19,14 @@ if TYPE_CHECKING:
 
 
 class System(Protocol):
-    """Processes under test. `pattern` is where its chunks are published; None where they are not."""
+    """Processes under test.
+
+    `pattern` is where its chunks are published, None where they are not; `jobs_before` is how many jobs `start` runs.
+    """
 
     name: ClassVar[str]
     pattern: ClassVar[str | None]
+    jobs_before: ClassVar[int]
 
     def start(self, world: World, streams: int) -> None:
         """Starts it with room for so many streams; returns once it would take a job."""
@@ -45,6 +48,7 @@ class Product:
 
     name: ClassVar[str] = "product"
     pattern: ClassVar[str | None] = "millstream:*:chunks"
+    jobs_before: ClassVar[int] = 1
 
     def __init__(self, settings: Mapping[str, str] | None = None) -> None:
         self._settings = dict(settings or {})
@@ -59,11 +63,9 @@ class Product:
         first = self.submit("stub:rate=0,chunks=1")
 
         def ended() -> bool:
-            assert self._process is not None
-            world.processes.alive(self._process, "worker")
             return str(self.client.status(first).status) == "completed"
 
-        wait_until("the worker's first job to complete", ended, seconds=60)
+        world.processes.wait_until("the worker's first job to complete", ended, seconds=60)
 
     def spawn(self, world: World, streams: int, *more: str) -> subprocess.Popen[str]:
         argv = [sys.executable, "-m", "worker", "--streams", str(streams), *more]
@@ -82,6 +84,7 @@ class Naive:
 
     name: ClassVar[str] = "naive"
     pattern: ClassVar[str | None] = "naive:*:chunks"
+    jobs_before: ClassVar[int] = 0
 
     def __init__(self) -> None:
         self._workers: list[subprocess.Popen[str]] = []
@@ -95,11 +98,9 @@ class Naive:
         self._workers = [self.spawn(world) for _ in range(streams)]
 
         def registered() -> bool:
-            for worker in self._workers:
-                world.processes.alive(worker, "rq")
             return world.valkey.client.scard("rq:workers") == streams
 
-        wait_until(f"{streams} rq workers to register", registered, seconds=120)
+        world.processes.wait_until(f"{streams} rq workers to register", registered, seconds=120)
 
     def spawn(self, world: World, *more: str) -> subprocess.Popen[str]:
         argv = [sys.executable, "-m", "rq.cli", "worker", "--url", world.valkey.url, "--quiet", *more, "naive"]
@@ -120,6 +121,7 @@ class Floor:
 
     name: ClassVar[str] = "floor"
     pattern: ClassVar[str | None] = None
+    jobs_before: ClassVar[int] = 0
 
     def start(self, world: World, streams: int) -> None:
         self._process = self.spawn(world, streams)
@@ -130,7 +132,7 @@ class Floor:
         assert process.stdout is not None
         if not process.stdout.readline():
             process.wait(timeout=5)
-            world.processes.alive(process, "floor")
+            world.processes.check()
         return process
 
     def submit(self, model: str) -> str:

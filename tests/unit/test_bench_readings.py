@@ -15,6 +15,7 @@ from bench import proc, stamps
 from bench.histogram import Histogram
 from bench.processes import Processes
 from bench.subscriber import Tally
+from bench.toolchain import BenchError
 
 CHANNEL = b"millstream:{a}:chunks"
 
@@ -197,3 +198,11 @@ def test_ending_a_process_ends_its_children_too(tmp_path: Path) -> None:
 
 def _state(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_a_wait_ends_as_soon_as_a_process_has_died(tmp_path: Path) -> None:
+    """The answer would never come; what the process said last is the explanation."""
+    with Processes(tmp_path) as processes:
+        processes.start("worker", [sys.executable, "-c", "raise SystemExit('no such model')"])
+        with pytest.raises(BenchError, match="worker ended with status 1:\nno such model"):
+            processes.wait_until("what will never be", lambda: False, seconds=30)
