@@ -44,7 +44,7 @@ def main() -> int:
     try:
         build_stub()
         cases = tuple(case for case in (plan.QUICK if arguments.quick else plan.FULL) if arguments.only in case.label)
-        rounds, seconds = (1, 4.0) if arguments.quick else (arguments.rounds, arguments.seconds)
+        rounds, seconds = (1, 3.0) if arguments.quick else (arguments.rounds, arguments.seconds)
         results = plan.run(cases, rounds=rounds, seconds=seconds, single=not arguments.quick and not arguments.only)
     except BenchError as error:
         print(error, file=sys.stderr)
