@@ -131,13 +131,18 @@ def claim(keys: Keys, job_id: str, token: str, lease: float, next_attempt: int |
     return Call("claim", _ending_keys(keys, job_id), args, decode)
 
 
+def holder(token: str, attempt: int) -> str:
+    """Who may write: a delivery's token and the attempt it runs."""
+    return f"{token}:{attempt}"
+
+
 def release(
-    keys: Keys, job_id: str, token: str, *, lease: float, delay: float = 0.0, waits_for: bytes | str = ""
+    keys: Keys, job_id: str, held_by: str, *, lease: float, delay: float = 0.0, waits_for: bytes | str = ""
 ) -> Call[str]:
     """Hand a held job back without counting an attempt. The value is the script's word for what happened."""
     delay_ms = milliseconds(delay) if delay > 0 else 0
     look_again = delay_ms or patience_ms(lease)
-    args = [job_id, token, delay_ms, look_again, waits_for]
+    args = [job_id, held_by, delay_ms, look_again, waits_for]
     return Call("release", [keys.state(job_id), keys.open], args, lambda reply: reply[0].decode())
 
 
@@ -152,11 +157,14 @@ class Ending:
 
 @dataclass(slots=True)
 class Frame:
-    """What one append call carries for one job: events `first`, `first` + 1, ... in compact form; none = heartbeat."""
+    """What one append call carries for one job: events `first`, `first` + 1, ... in compact form; none = heartbeat.
+
+    `keys`: the names of its state and log; `holder`: see `holder`.
+    """
 
     job_id: str
-    token: str
-    attempt: int
+    keys: tuple[str, str]
+    holder: str
     first: int
     events: Sequence[bytes] = ()
     usage: bytes = b""
@@ -166,15 +174,19 @@ class Frame:
 def append(keys: Keys, lease: float, frames: Sequence[Frame]) -> Call[list[tuple[str, int, str]]]:
     """Write many jobs' events. The value is a list of (code, last seq, message), one per frame."""
     names = [keys.open, keys.ended]
+    specs: list[str] = []
     args: list[Any] = [milliseconds(lease), len(frames)]
     for frame in frames:
-        names += (keys.state(frame.job_id), keys.log(frame.job_id), keys.spec(frame.job_id))
-        args += (frame.job_id, frame.token, frame.attempt, frame.first, frame.usage, len(frame.events))
-        args += frame.events
-        if frame.ending is None:
-            args.append("")
-        else:
+        names += frame.keys
+        if frame.ending is not None:
+            args += (frame.holder, frame.first, len(frame.events), "end", *frame.events, frame.usage)
             args += (frame.ending.status, frame.ending.finish_reasons, frame.ending.error)
+            specs.append(keys.spec(frame.job_id))
+        elif frame.usage:
+            args += (frame.holder, frame.first, len(frame.events), "usage", *frame.events, frame.usage)
+        else:
+            args += (frame.holder, frame.first, len(frame.events), "", *frame.events)
+    names += specs
     return Call("append", names, args, _decode_append)
 
 

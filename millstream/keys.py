@@ -3,7 +3,7 @@
 | name                    | type                 | holds                                                   |
 |-------------------------|----------------------|---------------------------------------------------------|
 | `P:{JOB}:spec`          | STRING               | the spec, JSON                                          |
-| `P:{JOB}:state`         | HASH                 | status, attempt, token, lease, seq, times, usage, ...   |
+| `P:{JOB}:state`         | HASH                 | status, holder, attempt, lease, seq, times, usage, ...  |
 | `P:{JOB}:log`           | STREAM               | the events, in packs                                    |
 | `P:{JOB}:chunks`        | PUB/SUB              | each event as it is appended, one JSON object           |
 | `P:open`                | ZSET                 | jobs without a terminal event, by when to look at them  |
@@ -37,6 +37,10 @@ class Keys:
 
     def log(self, job_id: str) -> str:
         return f"{self.prefix}:{{{job_id}}}:log"
+
+    def written(self, job_id: str) -> tuple[str, str]:
+        """What an append touches: the state and the log."""
+        return self.state(job_id), self.log(job_id)
 
     def chunks(self, job_id: str) -> str:
         return f"{self.prefix}:{{{job_id}}}:chunks"

@@ -124,8 +124,11 @@ class ScriptedChannel:
     def write(self, job_id: str, *events: bytes, ending: Ending | None = None, usage: bytes = b"") -> None:
         """Write events in compact form, in one pack."""
         held = self._held[job_id]
-        frame = Frame(job_id, held.token, held.attempt, held.seq + 1, events, usage, ending)
-        call = calls.append(self._client.keys, self._client.settings.lease, [frame])
+        keys = self._client.keys
+        frame = Frame(
+            job_id, keys.written(job_id), calls.holder(held.token, held.attempt), held.seq + 1, events, usage, ending
+        )
+        call = calls.append(keys, self._client.settings.lease, [frame])
         code, seq, message = self._client.run(call)[0]
         if code != "ok":
             raise MillstreamError(f"job {job_id!r}: the event was refused: {code} {message}".rstrip())

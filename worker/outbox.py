@@ -17,7 +17,7 @@ from typing import Final
 
 import msgspec
 
-from millstream.calls import Ending, Frame
+from millstream.calls import Ending, Frame, holder
 from millstream.events import compact, compact_text
 
 MAX_FRAME: Final = 64 * 1024
@@ -40,9 +40,12 @@ Stopped = Callable[[str], None]
 class Outbox:
     """The events of one attempt at one job."""
 
-    def __init__(self, job_id: str, token: str, attempt: int, seq: int, on_stop: Stopped) -> None:
+    def __init__(
+        self, job_id: str, keys: tuple[str, str], token: str, attempt: int, seq: int, on_stop: Stopped
+    ) -> None:
         self.job_id = job_id
         self.token = token
+        self._keys = keys  # of the state and the log
         self._on_stop = on_stop
         self.stopped: str | None = None
         """Why nothing more may be written: closed, fenced, unknown, error or log_lost."""
@@ -69,6 +72,7 @@ class Outbox:
     def begin(self, attempt: int, seq: int) -> None:
         """A new attempt starts after `seq`. Nothing may be in flight."""
         self.attempt, self.seq = attempt, seq
+        self.holder = holder(self.token, attempt)
         self.shown = False
         """Whether a chunk of this attempt was frozen: from then on it may have been seen."""
         self._room.set()
@@ -166,7 +170,7 @@ class Outbox:
             events.append(event)
             self.shown = self.shown or event.startswith(_CHUNK_STARTS)
         ending = None if self._waiting else self._ending
-        self._frame = Frame(self.job_id, self.token, self.attempt, self.seq + 1, events, self.usage, ending)
+        self._frame = Frame(self.job_id, self._keys, self.holder, self.seq + 1, events, self.usage, ending)
         self.usage = b""
         return self._frame
 

@@ -62,7 +62,7 @@ class Relay:
         self._refusal = spec if isinstance(spec, SpecError) else None
         self._spec = spec if isinstance(spec, Spec) else Spec(model="", messages=[])
         self._claim = claim
-        self._outbox = Outbox(job_id, token, claim.attempt, claim.seq, self._interrupt)
+        self._outbox = Outbox(job_id, services.keys.written(job_id), token, claim.attempt, claim.seq, self._interrupt)
         self._prompt_bytes = len(msgspec.json.encode(self._spec.messages))
         self._stopped: str | None = None
         self._task: asyncio.Task[Any] | None = None
@@ -103,7 +103,7 @@ class Relay:
         if code == "released":
             self._outbox.drop_chunks()
             release = calls.release(
-                self._services.keys, self.job_id, self._outbox.token, lease=self._services.settings.lease
+                self._services.keys, self.job_id, self._outbox.holder, lease=self._services.settings.lease
             )
             return str(await self._services.run(release))
         return code

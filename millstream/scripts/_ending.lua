@@ -6,15 +6,16 @@ local function server_ms()
 end
 
 -- Append one terminal event, announce it, close the job. `body` is the event's compact JSON object; `writer` is the
--- token of the attempt that ended it, empty when somebody else did.
+-- holder that ended it, empty when somebody else did; nobody holds an ended job.
 -- `job` = {id, state key, log key, spec key}. Everything of the job expires at one moment, after its own retention.
 local function end_job(job, open, ended, now, seq, attempt, status, body, writer)
   local id, state, log, spec = job[1], job[2], job[3], job[4]
   redis.call('XADD', log, seq .. '-0', 'a', attempt, 't', now, 'e', '[' .. body .. ']')
   redis.call('PUBLISH', string.sub(log, 1, -4) .. 'chunks', '{"v":1,"seq":' .. seq .. ',"attempt":' .. attempt
     .. ',"at":' .. string.format('%.3f', now / 1000) .. ',' .. string.sub(body, 2))
-  redis.call('HSET', state, 'status', status, 'seq', seq, 'ended', now, 'writer', writer)
-  redis.call('HDEL', state, 'lease', 'not_before', 'wait')
+  redis.call('HSET', state, 'status', status, 'seq', seq, 'ended', now, 'writer', writer,
+    'holder', '', 'lease', 0)
+  redis.call('HDEL', state, 'not_before', 'wait')
   local retention = tonumber(redis.call('HGET', state, 'retention'))
   redis.call('PEXPIRE', spec, retention)
   redis.call('PEXPIRE', state, retention)

@@ -1,9 +1,10 @@
--- append: write events of many jobs, each guarded by its token; renew their leases. Zero events are a heartbeat.
+-- append: write events of many jobs, each guarded by its holder; renew their leases. Zero events are a heartbeat.
 --
--- KEYS  1 open  2 ended  then per job: state, log, spec
+-- KEYS  1 open  2 ended  then per job: state, log  then per job that ends, in the same order: spec
 -- ARGV  1 lease (ms)  2 number of jobs  then per job:
---       id, token, attempt, seq of the first event, usage (JSON or ''), number of events, events in compact form,
---       closing status or '', and if it is not '': finish reasons (JSON), error (JSON or '')
+--       holder (TOKEN:ATTEMPT), seq of the first event, number of events, kind, events in compact form,
+--       then for the kind '' nothing; 'usage': usage (JSON); 'end': usage or '', closing status, finish reasons (JSON),
+--       error (JSON or ''). With 'end' the last event is the terminal one.
 -- Returns per job {code, last seq}:
 --   ok         written
 --   duplicate  everything was there already (a lost reply was retried); a known prefix is skipped, the rest written
@@ -12,100 +13,115 @@
 --   closed     it has ended, not by this call
 --   gap        the log ends before the first event: the server lost what was acknowledged; send again from last seq + 1
 --   error      this job's keys are broken; the message is in the third place
+-- The usual job costs four commands (HMGET, XADD, PUBLISH, HSET) of 3 us together; Lua itself is the larger part, hence
+-- the locals and the short way through.
 -- flags: allow-oom
 -- uses: _ending
 
+local call, KEYS, ARGV = redis.call, KEYS, ARGV
+local byte, sub, match, tonumber = string.byte, string.sub, string.match, tonumber
 local now = server_ms()
-local at = string.format('%.3f', now / 1000)
+local middle = ',"at":' .. string.format('%.3f', now / 1000)
+local text_middle = middle .. ',"type":"chunk","index":0,"delta":{"content":'
 local lease = tonumber(ARGV[1])
+local jobs = tonumber(ARGV[2])
 local arg = 3
+local next_spec = 3 + 2 * jobs
 
-local function publish(channel, seq, attempt, event)
-  local head = '{"v":1,"seq":' .. seq .. ',"attempt":' .. attempt .. ',"at":' .. at
-  local kind = string.byte(event)
-  if kind == 34 then -- a JSON string: content of choice 0
-    event = head .. ',"type":"chunk","index":0,"delta":{"content":' .. event .. '},"n":1}'
-  elseif kind == 91 then -- [index, n, "text"]
-    local index, n, text = string.match(event, '^%[(%d+),(%d+),(.*)%]$')
-    event = head .. ',"type":"chunk","index":' .. index .. ',"delta":{"content":' .. text .. '},"n":' .. n .. '}'
-  else
-    event = head .. ',' .. string.sub(event, 2)
+local function expand(event)
+  if byte(event) == 91 then -- [index, n, "text"]
+    local index, n, text = match(event, '^%[(%d+),(%d+),(.*)%]$')
+    return middle .. ',"type":"chunk","index":' .. index .. ',"delta":{"content":' .. text .. '},"n":' .. n .. '}'
   end
-  redis.call('PUBLISH', channel, event)
+  return middle .. ',' .. sub(event, 2)
 end
 
-local function append(id, state, log, spec)
-  local token, attempt, first, usage = ARGV[arg + 1], ARGV[arg + 2], tonumber(ARGV[arg + 3]), ARGV[arg + 4]
-  local count = tonumber(ARGV[arg + 5])
-  local events = arg + 6
-  local closing = ARGV[events + count]
-  local s = redis.call('HMGET', state, 'status', 'token', 'attempt', 'seq', 'lease', 'writer')
-  local seq = tonumber(s[4])
+-- Why a holder may not write: the slow way, taken once per job at most.
+local function refuse(state, holder, last, count)
+  local s = call('HMGET', state, 'status', 'seq', 'writer')
   if not s[1] then
     return {'unknown', 0}
   end
-  if s[2] ~= token or s[3] ~= attempt then
+  local seq = tonumber(s[2])
+  if not CLOSED[s[1]] then
     return {'fenced', seq}
   end
+  if s[3] == holder and count > 0 and last <= seq then
+    return {'duplicate', seq}
+  end
+  if s[3] ~= '' and s[3] ~= holder then
+    return {'fenced', seq}
+  end
+  return {'closed', seq}
+end
+
+local function append(state, log, spec, holder, first, count, kind, from)
+  local s = call('HMGET', state, 'holder', 'seq', 'lease')
   local last = first + count - 1
-  if CLOSED[s[1]] then
-    if count > 0 and last <= seq and s[6] == token then
-      return {'duplicate', seq}
-    end
-    return {'closed', seq}
+  if s[1] ~= holder then
+    return refuse(state, holder, last, count)
   end
-  if s[1] ~= 'in_progress' then -- it was handed back: this attempt is over
-    return {'fenced', seq}
-  end
+  local seq = tonumber(s[2])
   if first > seq + 1 then
     return {'gap', seq}
   end
-
-  if usage ~= '' then
-    redis.call('HSET', state, 'usage', usage)
+  if kind ~= '' and ARGV[from + count] ~= '' then
+    call('HSET', state, 'usage', ARGV[from + count])
   end
   -- Renewing only when a tenth has passed saves two writes on nearly every call.
-  if closing == '' and tonumber(s[5]) - now < lease * 0.9 then
-    redis.call('HSET', state, 'lease', now + lease)
-    redis.call('ZADD', KEYS[1], now + lease, id)
-  end
-  if count == 0 then
-    return {'ok', seq}
+  if kind ~= 'end' and tonumber(s[3]) - now < lease * 0.9 then
+    call('HSET', state, 'lease', now + lease)
+    call('ZADD', KEYS[1], now + lease, match(log, '{(.*)}'))
   end
   if last <= seq then
-    return {'duplicate', seq}
+    return {count == 0 and 'ok' or 'duplicate', seq}
   end
 
-  local skip = seq + 1 - first
-  local ending = closing ~= '' and 1 or 0
-  local from, to = events + skip, events + count - 1 - ending
-  if from <= to then
-    redis.call('XADD', log, (last - ending) .. '-0', 'a', attempt, 't', now, 'e',
-      '[' .. table.concat(ARGV, ',', from, to) .. ']')
-    local channel = string.sub(log, 1, -4) .. 'chunks'
-    for i = from, to do
-      publish(channel, first + (i - events), attempt, ARGV[i])
+  local attempt = match(holder, '%d+$')
+  local start, stop = from + seq + 1 - first, from + count - 1
+  if kind == 'end' then
+    stop = stop - 1
+  end
+  if start <= stop then
+    local pack = start == stop and ARGV[start] or table.concat(ARGV, ',', start, stop)
+    call('XADD', log, first + stop - from .. '-0', 'a', attempt, 't', now, 'e', '[' .. pack .. ']')
+    local channel = sub(log, 1, -4) .. 'chunks'
+    local tail = ',"attempt":' .. attempt
+    for i = start, stop do
+      local event = ARGV[i]
+      if byte(event) == 34 then -- a JSON string: content of choice 0, the usual event
+        event = text_middle .. event .. '},"n":1}'
+      else
+        event = expand(event)
+      end
+      call('PUBLISH', channel, '{"v":1,"seq":' .. first + i - from .. tail .. event)
     end
   end
-  if ending == 0 then
-    redis.call('HSET', state, 'seq', last)
+  if kind ~= 'end' then
+    call('HSET', state, 'seq', last)
     return {'ok', last}
   end
-  redis.call('HSET', state, 'finish_reasons', ARGV[events + count + 1], 'error', ARGV[events + count + 2])
-  end_job({id, state, log, spec}, KEYS[1], KEYS[2], now, last, attempt, closing, ARGV[events + count - 1], token)
+  local after = from + count
+  call('HSET', state, 'finish_reasons', ARGV[after + 2], 'error', ARGV[after + 3])
+  end_job({match(log, '{(.*)}'), state, log, spec}, KEYS[1], KEYS[2], now, last, attempt, ARGV[after + 1],
+    ARGV[after - 1], holder)
   return {'ok', last}
 end
 
+local EXTRA = {[''] = 0, usage = 1, ['end'] = 4}
 local replies = {}
-for i = 1, tonumber(ARGV[2]) do
-  local k = 3 * i
-  local done, reply = pcall(append, ARGV[arg], KEYS[k], KEYS[k + 1], KEYS[k + 2])
-  if done then
-    replies[i] = reply
-  else
-    replies[i] = {'error', 0, type(reply) == 'table' and reply.err or tostring(reply)}
+for i = 1, jobs do
+  local holder, first, count, kind = ARGV[arg], tonumber(ARGV[arg + 1]), tonumber(ARGV[arg + 2]), ARGV[arg + 3]
+  local spec
+  if kind == 'end' then
+    spec = KEYS[next_spec]
+    next_spec = next_spec + 1
   end
-  local closing = arg + 6 + tonumber(ARGV[arg + 5])
-  arg = closing + (ARGV[closing] == '' and 1 or 3)
+  local done, reply = pcall(append, KEYS[1 + 2 * i], KEYS[2 + 2 * i], spec, holder, first, count, kind, arg + 4)
+  if not done then
+    reply = {'error', 0, type(reply) == 'table' and reply.err or tostring(reply)}
+  end
+  replies[i] = reply
+  arg = arg + 4 + count + EXTRA[kind]
 end
 return replies

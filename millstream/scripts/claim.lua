@@ -8,15 +8,16 @@
 --         {'closed', status}   it has ended (perhaps right now: attempts used up, or expired before it started)
 --         {'fenced'}           next was asked for by a token that is no longer the newest
 --         {'unknown'}          no such job
+-- From now on the job's holder is TOKEN:ATTEMPT.
 -- A lost reply may be retried: the token gets its own attempt and last seq again.
 -- An expired lease that nobody took stays valid for its holder. `broken` counts broken and lost attempts only.
 -- flags: allow-oom
 -- uses: _ending
 
 local job = {ARGV[1], KEYS[1], KEYS[2], KEYS[3]}
-local s = redis.call('HMGET', KEYS[1], 'status', 'token', 'attempt', 'seq', 'lease', 'broken', 'max_attempts', 'expires',
+local s = redis.call('HMGET', KEYS[1], 'status', 'holder', 'attempt', 'seq', 'lease', 'broken', 'max_attempts', 'expires',
   'not_before', 'reason')
-local status, token, attempt, seq = s[1], s[2], tonumber(s[3]), tonumber(s[4])
+local status, holder, attempt, seq = s[1], s[2], tonumber(s[3]), tonumber(s[4])
 local broken, max_attempts = tonumber(s[6]), tonumber(s[7])
 if not status then
   return {'unknown'}
@@ -27,7 +28,7 @@ end
 
 local now = server_ms()
 local reason = s[10] or ''
-if token == ARGV[2] then
+if holder == ARGV[2] .. ':' .. attempt then
   if ARGV[4] == '' or tonumber(ARGV[4]) <= attempt then
     return {'claimed', attempt, seq, reason, broken, max_attempts}
   end
@@ -61,7 +62,7 @@ if failure then
 end
 
 attempt = attempt + 1
-redis.call('HSET', KEYS[1], 'status', 'in_progress', 'token', ARGV[2], 'attempt', attempt, 'broken', broken,
+redis.call('HSET', KEYS[1], 'status', 'in_progress', 'holder', ARGV[2] .. ':' .. attempt, 'attempt', attempt, 'broken', broken,
   'reason', reason, 'lease', now + ARGV[3])
 redis.call('HSETNX', KEYS[1], 'started', now)
 redis.call('HDEL', KEYS[1], 'not_before', 'wait')

@@ -1,7 +1,7 @@
 -- release: hand a job back without counting an attempt (shutdown, a long wait).
 --
 -- KEYS  1 state  2 open
--- ARGV  1 job id  2 token  3 ms until it may run again (0: now)  4 ms until a sweep looks after it
+-- ARGV  1 job id  2 holder (TOKEN:ATTEMPT)  3 ms until it may run again (0: now)  4 ms until a sweep looks after it
 --       5 what it waits for (JSON or '')
 -- Returns {'released'}  {'closed', status}  {'fenced'}  {'unknown'}
 -- A lost reply may be retried: a job that is queued without a holder is released already.
@@ -9,7 +9,7 @@
 -- flags: allow-oom
 -- uses: _ending
 
-local s = redis.call('HMGET', KEYS[1], 'status', 'token', 'attempt')
+local s = redis.call('HMGET', KEYS[1], 'status', 'holder')
 if not s[1] then
   return {'unknown'}
 end
@@ -23,8 +23,8 @@ if s[1] ~= 'in_progress' or s[2] ~= ARGV[2] then
   return {'fenced'}
 end
 local now = server_ms()
-redis.call('HSET', KEYS[1], 'status', 'queued', 'token', '', 'reason', 'released')
-redis.call('HDEL', KEYS[1], 'lease')
+redis.call('HSET', KEYS[1], 'status', 'queued', 'holder', '', 'reason', 'released')
+redis.call('HSET', KEYS[1], 'lease', 0)
 if tonumber(ARGV[3]) > 0 then
   redis.call('HSET', KEYS[1], 'not_before', now + ARGV[3], 'wait', ARGV[5])
 end
