@@ -1,6 +1,6 @@
 """The three standard streams, and what may be written to each.
 
-Text goes to stdout, everything else to stderr. A terminal gets nothing that could act on it; a pipe gets the text as is.
+Text goes to stdout, everything else to stderr. A terminal gets nothing that could act on it, a pipe gets it as it is.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LONGEST_LINE: Final = 600
 
 @dataclass(slots=True)
 class Standard:
-    """stdin as bytes, stdout and stderr as text; `terminal`: whether stdout is one; `prog`: how this command is called."""
+    """stdin as bytes, the others as text. `terminal`: whether stdout is one; `prog`: how this command is called."""
 
     stdin: IO[bytes] | None
     stdout: TextIO

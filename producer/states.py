@@ -14,6 +14,7 @@ from millstream.status import Status
 from millstream.terminal import printable
 
 from . import exits
+from .notices import in_words
 from .standard import Standard
 
 COLUMNS: Final = ("id", "status", "lane", "model", "attempt", "seq", "created_at")
@@ -74,6 +75,8 @@ def _shown(value: Any, standard: Standard) -> str:
         at = datetime.fromtimestamp(value, UTC)
         return f"{at.astimezone():%Y-%m-%d %H:%M:%S}" if standard.terminal else f"{at:%Y-%m-%dT%H:%M:%S.%f}"[:-3] + "Z"
     if isinstance(value, dict):
+        if "code" in value:
+            return in_words(value)
         return msgspec.json.encode(value).decode()
     return str(value)
 

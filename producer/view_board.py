@@ -47,7 +47,7 @@ class _Job:
         elif isinstance(event, Chunk) and event.index == 0:
             self.tail = (self.tail + event.content)[-TAIL:]
         elif event.terminal:
-            self.said = event.type
+            self.said = event.type + (f" (attempt {event.attempt})" if event.attempt > 1 else "")
 
     def panel(self, console: Console, width: int, height: int) -> Panel:
         """Its last lines, in a frame of this many columns and lines."""
