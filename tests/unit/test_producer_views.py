@@ -75,7 +75,7 @@ def interleaved(**logs: Log) -> list[tuple[str, Event]]:
 RESTARTED = Log().start().text("void ", "te").start("worker_lost").text("Hel", "lo").end()
 
 
-# A pipe --------------------------------------------------------------------------------------------------------------
+# A pipe ----------------------------------------------------------------------------------------------
 
 
 def test_a_pipe_gets_the_final_text_once_after_the_end() -> None:
@@ -130,7 +130,7 @@ def test_what_a_text_cannot_show_is_said_on_stderr() -> None:
     assert "tool_calls" not in show(of(Log().start().delta(tool_calls=calls).start("lost").text("x").end()))[1]
 
 
-# A pipe, --live --------------------------------------------------------------------------------------------------------
+# A pipe, --live ----------------------------------------------------------------------------------------------
 
 
 def test_live_writes_as_it_comes_and_reports_a_restart_on_stderr() -> None:
@@ -153,7 +153,7 @@ def test_live_names_the_job_whenever_another_goes_on() -> None:
     assert show(interleaved(a=a, b=b), live=True)[0] == "==> a <==\n1\n==> b <==\n3\n==> a <==\n2\n"
 
 
-# JSON ------------------------------------------------------------------------------------------------------------------
+# JSON ----------------------------------------------------------------------------------------------
 
 
 def test_json_is_one_event_a_line_as_on_the_channel() -> None:
@@ -183,7 +183,7 @@ def test_json_on_a_terminal_is_inert_and_still_the_same_json() -> None:
     ]
 
 
-# A terminal --------------------------------------------------------------------------------------------------------------
+# A terminal ----------------------------------------------------------------------------------------------
 
 
 def plain(out: str) -> str:
