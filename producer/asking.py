@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from typing import IO, Any, Final, NoReturn
+from pathlib import Path
+from typing import Any, Final, NoReturn
 
 from millstream import parameters
 from millstream.errors import SpecError
@@ -44,24 +45,14 @@ def _messages(arguments: argparse.Namespace, standard: Standard) -> Any:
 
 
 def _read(path: str | None, standard: Standard) -> str:
-    """The text of a file, or of stdin. Reads no more than a job may hold."""
+    """The text of a file, or of stdin."""
     where = "stdin" if path is None else f"--messages {path}"
     try:
-        if path is not None:
-            with open(path, "rb") as file:  # noqa: PTH123 - a name with a NUL is a ValueError either way
-                body = _bounded(file)
-        elif standard.stdin is None:
-            raise SpecError("stdin is closed; give the prompt as an argument or in a file")
-        else:
-            if standard.stdin.isatty():
-                standard.say("reading the prompt from the terminal; Ctrl-D on an empty line ends it")
-            body = _bounded(standard.stdin)
-    except OSError as error:
-        raise SpecError(f"{where}: cannot be read ({error.strerror}); check the name") from None
-    except ValueError as error:
-        if isinstance(error, SpecError):
-            raise
-        raise SpecError(f"{where}: cannot be read ({error}); check the name") from None
+        body = _bytes(path, standard)
+    except SpecError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise SpecError(f"{where}: cannot be read ({getattr(error, 'strerror', error)}); check the name") from None
     if len(body) > MAX_SPEC_BYTES:
         raise SpecError(f"{where}: found more than {MAX_SPEC_BYTES:,} bytes, which is all a job may hold; split it")
     try:
@@ -72,8 +63,16 @@ def _read(path: str | None, standard: Standard) -> str:
         ) from None
 
 
-def _bounded(file: IO[bytes]) -> bytes:
-    return file.read(MAX_SPEC_BYTES + 1)
+def _bytes(path: str | None, standard: Standard) -> bytes:
+    """No more than one byte beyond what a job may hold: the rest need not be read to refuse it."""
+    if path is not None:
+        with Path(path).open("rb") as file:
+            return file.read(MAX_SPEC_BYTES + 1)
+    if standard.stdin is None:
+        raise SpecError("stdin is closed; give the prompt as an argument or the messages in a file")
+    if standard.stdin.isatty():
+        standard.say("reading from the terminal; Ctrl-D on an empty line ends it")
+    return standard.stdin.read(MAX_SPEC_BYTES + 1)
 
 
 def _utf8(what: str, text: str) -> str:
