@@ -90,11 +90,20 @@ class Room:
         command = [sys.executable, "-m", "producer", *argv]
         return subprocess.Popen(command, cwd=ROOT, env=self.environment(**(env or {})), **{**pipes, **how})
 
+    @contextlib.contextmanager
+    def running(self, *argv: str, **how: Any) -> Iterator[subprocess.Popen[bytes]]:
+        """The command on pipes; it does not outlive the block, whatever fails there."""
+        with self.start(*argv, **how) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
+
     def run(
         self, *argv: str, stdin: bytes = b"", env: dict[str, str] | None = None, **how: Any
     ) -> subprocess.CompletedProcess[bytes]:
         """The command on pipes, to its end."""
-        with self.start(*argv, env=env, **how) as process:
+        with self.running(*argv, env=env, **how) as process:
             out, err = process.communicate(stdin, timeout=PATIENCE)
         return subprocess.CompletedProcess(argv, process.returncode, out, err)
 

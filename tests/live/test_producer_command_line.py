@@ -63,7 +63,7 @@ def test_submit_prints_an_id_that_can_be_used(room: Room) -> None:
 def test_follow_writes_nothing_before_the_end_and_then_the_final_text(room: Room, channel: ScriptedChannel) -> None:
     """A pipe gets the text once, without what a restart made void."""
     begun(room, channel)
-    with room.start("follow", "j") as process:
+    with room.running("follow", "j") as process:
         room.followed("j")
         channel.chunk("j", "void")
         channel.restart("j", reason="worker_lost")
@@ -80,7 +80,7 @@ def test_follow_writes_nothing_before_the_end_and_then_the_final_text(room: Room
 def test_follow_live_writes_each_piece_at_once(room: Room, channel: ScriptedChannel) -> None:
     """And reports a restart on stderr."""
     begun(room, channel)
-    with room.start("follow", "j", "--live") as process:
+    with room.running("follow", "j", "--live") as process:
         for piece in ("Hel", "lo"):
             channel.chunk("j", piece)
             assert read_until(process.stdout, piece.encode()) == piece.encode()
@@ -96,7 +96,7 @@ def test_follow_live_writes_each_piece_at_once(room: Room, channel: ScriptedChan
 def test_follow_json_gives_the_events_of_the_log(room: Room, channel: ScriptedChannel) -> None:
     """Live and from the log the lines are the same."""
     begun(room, channel)
-    with room.start("follow", "j", "--json") as process:
+    with room.running("follow", "j", "--json") as process:
         room.followed("j")
         channel.chunk("j", "Hel\x9b\u202elo")
         channel.complete("j", total_tokens=3)
@@ -124,7 +124,7 @@ def test_ctrl_c_stops_the_following_and_not_the_job(room: Room, channel: Scripte
     """130, and a line that says how to cancel it."""
     begun(room, channel)
     for command in (["follow", "j"], ["result", "j"]):
-        with room.start(*command) as process:
+        with room.running(*command) as process:
             room.followed("j")
             process.send_signal(signal.SIGINT)
             out, err = process.communicate(timeout=20)
@@ -136,7 +136,7 @@ def test_ctrl_c_stops_the_following_and_not_the_job(room: Room, channel: Scripte
 def test_a_reader_that_has_gone_ends_the_following_quietly(room: Room, channel: ScriptedChannel) -> None:
     """As with any program of a pipeline: nothing on stderr, 128 + SIGPIPE."""
     begun(room, channel)
-    with room.start("follow", "j", "--live") as process:
+    with room.running("follow", "j", "--live") as process:
         assert process.stdout
         channel.chunk("j", "Hel")
         read_until(process.stdout, b"Hel")
@@ -190,7 +190,7 @@ def test_a_timeout_runs_on_while_redis_is_away() -> None:
     with started_valkey() as server:
         room = Room(server.url)
         begun(room, ScriptedChannel(room.client))
-        with room.start("result", "j", "--timeout", "1.5") as process:
+        with room.running("result", "j", "--timeout", "1.5") as process:
             room.followed("j")
             server.process.kill()
             began = time.monotonic()

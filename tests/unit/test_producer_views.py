@@ -145,6 +145,8 @@ def test_live_says_of_a_restart_before_any_text_that_nothing_is_void() -> None:
     """A restart that nobody saw needs no new line."""
     out, err = show(of(Log().start().start("worker_lost").text("x").end()), live=True)
     assert (out, err) == ("x", "attempt 2 · worker_lost\n")
+    again = Log().start().text("void").start("worker_lost").start("worker_lost").text("x").end()
+    assert show(of(again), live=True)[1].splitlines()[1:] == ["attempt 3 · worker_lost"]
 
 
 def test_live_names_the_job_whenever_another_goes_on() -> None:
