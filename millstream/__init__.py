@@ -10,8 +10,8 @@
 `millstream.events`; `millstream.testing` plays the worker in your own tests.
 """
 
-from .async_client import AsyncClient
-from .client import Client
+from typing import TYPE_CHECKING, Any
+
 from .errors import (
     JobCancelled,
     JobError,
@@ -32,6 +32,10 @@ from .settings import Settings
 from .status import Status
 from .transcript import Transcript
 
+if TYPE_CHECKING:
+    from .async_client import AsyncClient
+    from .client import Client
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -40,3 +44,16 @@ __all__ = [
     "RedisUnavailable", "Result", "ResultTimeout", "Resumed", "Retrying", "Settings", "SettingsError", "SpecError",
     "Started", "Status", "Transcript",
 ]  # fmt: skip
+
+if not TYPE_CHECKING:  # a type checker sees the imports above, and so still knows which names there are
+
+    def __getattr__(name: str) -> Any:
+        """Import a client when it is first asked for: redis and rq take ten times as long as all the rest."""
+        if name == "Client":
+            from .client import Client as found
+        elif name == "AsyncClient":
+            from .async_client import AsyncClient as found
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = found
+        return found

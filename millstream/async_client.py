@@ -252,6 +252,7 @@ class AsyncClient:
             except RedisUnavailable:
                 if self._clock() - answered > OUTAGE:
                     raise
+                following.patience(RECONNECT, until)  # a caller's timeout runs on in an outage
                 await asyncio.sleep(RECONNECT)
 
     async def _next(self, pubsub: PubSub, following: Following, until: float | None) -> Sequence[tuple[str, Event]]:

@@ -242,6 +242,7 @@ class Client:
             except RedisUnavailable:
                 if self._clock() - answered > OUTAGE:
                     raise
+                following.patience(RECONNECT, until)  # a caller's timeout runs on in an outage
                 time.sleep(RECONNECT)
 
     def _next(self, pubsub: PubSub, following: Following, until: float | None) -> Sequence[tuple[str, Event]]:

@@ -15,7 +15,7 @@ from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import BusyLoadingError, ReadOnlyError
 from redis.retry import Retry
 
-from .errors import RedisUnavailable
+from .errors import RedisUnavailable, SettingsError
 
 RETRIES: Final = 6
 """Tries again of a command whose reply was lost or refused for a moment: 0.05 s doubling to 1 s, about 3 s in all."""
@@ -28,15 +28,37 @@ TRANSIENT: Final = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutEr
 
 
 def connect(url: str, **options: Any) -> redis.Redis:
-    """A pool of blocking connections; nothing is sent yet."""
+    """A pool of blocking connections; nothing is sent yet. Raises SettingsError for a URL that cannot be used."""
     retry = Retry(_backoff(), RETRIES)
-    return redis.Redis.from_url(url, retry=retry, retry_on_error=list(TRANSIENT), **_options(url), **options)
+    with _usable_url():
+        made = redis.Redis.from_url(url, retry=retry, retry_on_error=list(TRANSIENT), **_options(url), **options)
+        pool = made.connection_pool
+        pool.connection_class(**pool.connection_kwargs)  # only here redis-py looks at the names of a URL's options
+    return made
 
 
 def connect_async(url: str, **options: Any) -> redis.asyncio.Redis:
-    """A pool of asyncio connections; nothing is sent yet."""
+    """A pool of asyncio connections; nothing is sent yet. Raises SettingsError for a URL that cannot be used."""
     retry = AsyncRetry(_backoff(), options.pop("retries", RETRIES))
-    return redis.asyncio.Redis.from_url(url, retry=retry, retry_on_error=list(TRANSIENT), **_options(url), **options)
+    with _usable_url():
+        made = redis.asyncio.Redis.from_url(
+            url, retry=retry, retry_on_error=list(TRANSIENT), **_options(url), **options
+        )
+        pool = made.connection_pool
+        pool.connection_class(**pool.connection_kwargs)
+    return made
+
+
+@contextmanager
+def _usable_url() -> Iterator[None]:
+    """Words for a malformed URL; without redis-py's own, which may quote a piece of the password."""
+    try:
+        yield
+    except (ValueError, TypeError, redis.exceptions.RedisError):
+        raise SettingsError(
+            "REDIS_URL: found an address that cannot be used, expected redis://[:PASSWORD@]HOST[:PORT][/DB]; "
+            "check the port and the options, and write / # ? @ in a password as %2F %23 %3F %40"
+        ) from None
 
 
 def _backoff() -> ExponentialWithJitterBackoff:
