@@ -25,6 +25,12 @@ that merely wait (measured: 1,300 useless deliveries for 300 jobs with a patienc
 
 FORGET_MS: Final = 60_000
 
+PACK_BYTES: Final = 16 * 1024
+"""Events of a repacked log rest in packs of this size: a page of 256 packs stays within 4 MB."""
+
+BUILDING_MS: Final = 60_000
+"""How long an unfinished copy of a log lives."""
+
 
 @dataclass(frozen=True, slots=True)
 class Call(Generic[T]):
@@ -173,7 +179,7 @@ class Frame:
 
 def append(keys: Keys, lease: float, frames: Sequence[Frame]) -> Call[list[tuple[str, int, str]]]:
     """Write many jobs' events. The value is a list of (code, last seq, message), one per frame."""
-    names = [keys.open, keys.ended]
+    names = [keys.open, keys.ended, keys.repack]
     specs: list[str] = []
     args: list[Any] = [milliseconds(lease), len(frames)]
     for frame in frames:
@@ -201,7 +207,7 @@ def sweep(
 
     The value is a list of (job id, lane, why).
     """
-    names = [keys.open, keys.ended]
+    names = [keys.open, keys.ended, keys.repack]
     for job_id in job_ids:
         names += (keys.state(job_id), keys.log(job_id), keys.spec(job_id))
     args: list[Any] = [milliseconds(lease), patience_ms(lease), len(oldest)]
@@ -212,5 +218,11 @@ def sweep(
     )
 
 
+def repack(keys: Keys, job_id: str, packs: int = 64) -> Call[str]:
+    """One step of moving an ended log into large packs. The value is `more`, `done` or `gone`."""
+    names = [keys.state(job_id), keys.log(job_id), keys.building(job_id), keys.repack]
+    return Call("repack", names, [job_id, packs, PACK_BYTES, BUILDING_MS], lambda reply: str(reply.decode()))
+
+
 def _ending_keys(keys: Keys, job_id: str) -> list[str]:
-    return [keys.state(job_id), keys.log(job_id), keys.spec(job_id), keys.open, keys.ended]
+    return [keys.state(job_id), keys.log(job_id), keys.spec(job_id), keys.open, keys.ended, keys.repack]

@@ -7,6 +7,8 @@
 | `P:{JOB}:log`           | STREAM               | the events, in packs                                    |
 | `P:{JOB}:chunks`        | PUB/SUB              | each event as it is appended, one JSON object           |
 | `P:open`                | ZSET                 | jobs without a terminal event, by when to look at them  |
+| `P:{JOB}:log:building`  | STREAM               | the same events in large packs, until it replaces the log |
+| `P:repack`              | ZSET                 | ended jobs whose log is still in small packs            |
 | `P:ended`               | STREAM, and PUB/SUB  | id and status of every job that ended                   |
 | `P-LANE`                | RQ queue             | deliveries: RQ jobs named `JOB-NONCE`                   |
 
@@ -38,6 +40,9 @@ class Keys:
     def log(self, job_id: str) -> str:
         return f"{self.prefix}:{{{job_id}}}:log"
 
+    def building(self, job_id: str) -> str:
+        return f"{self.prefix}:{{{job_id}}}:log:building"
+
     def written(self, job_id: str) -> tuple[str, str]:
         """What an append touches: the state and the log."""
         return self.state(job_id), self.log(job_id)
@@ -48,6 +53,10 @@ class Keys:
     @property
     def open(self) -> str:
         return f"{self.prefix}:open"
+
+    @property
+    def repack(self) -> str:
+        return f"{self.prefix}:repack"
 
     @property
     def ended(self) -> str:

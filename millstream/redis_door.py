@@ -39,7 +39,7 @@ def connect(url: str, **options: Any) -> redis.Redis:
 
 def connect_async(url: str, **options: Any) -> redis.asyncio.Redis:
     """A pool of asyncio connections; nothing is sent yet. Raises SettingsError for a URL that cannot be used."""
-    retry = AsyncRetry(_backoff(), options.pop("retries", RETRIES))
+    retry = AsyncRetry(_backoff(), RETRIES)
     with _usable_url():
         made = redis.asyncio.Redis.from_url(
             url, retry=retry, retry_on_error=list(TRANSIENT), **_options(url), **options

@@ -57,18 +57,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         with translated(settings.redis_url):
             worker = StreamWorker([settings.keys.queue(lane) for lane in lanes], connection, asked.name)
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            runner.run(_run(worker, settings, burst=asked.burst))
+            sound = runner.run(_run(worker, settings, burst=asked.burst))
     except RedisUnavailable as error:
         return _say(str(error), UNREACHABLE)
     except MillstreamError as error:
         return _say(str(error), USAGE)
     except ValueError as error:  # RQ: a worker of this name is active
         return _say(str(error), USAGE)
-    return 0
+    return 0 if sound else 1
 
 
-async def _run(worker: StreamWorker, settings: Settings, *, burst: bool) -> None:
-    await Process(worker, settings).run(burst=burst)
+async def _run(worker: StreamWorker, settings: Settings, *, burst: bool) -> bool:
+    return await Process(worker, settings).run(burst=burst)
 
 
 def _loop_factory() -> Callable[[], Any] | None:

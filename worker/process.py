@@ -19,13 +19,14 @@ from millstream.async_client import AsyncClient
 from millstream.calls import Claim
 from millstream.errors import RedisUnavailable, SpecError
 from millstream.job import Spec
-from millstream.redis_door import connect_async
 from millstream.settings import Settings
 
 from .clerk import Clerk
 from .clocks import Ticker
 from .intake import Intake
+from .line import Line
 from .relay import Relay, Services
+from .repacker import Repacker
 from .rq_worker import Entry, StreamWorker
 from .sweeper import Sweeper
 from .upstream import Upstream
@@ -44,12 +45,11 @@ class Process:
         self._worker = worker
         self._settings = settings
         self._stopping = asyncio.Event()
+        self._broken = False
         self._hurry = asyncio.Event()
         self._running: dict[asyncio.Task[str], tuple[Entry, Relay]] = {}
         self._client = AsyncClient(settings=settings)
-        # The writer does its own waiting, so that a frozen call is answered before anything else is sent.
-        line = AsyncClient(settings=settings, connection=connect_async(settings.redis_url, retries=0))
-        self._line = line
+        self._line = Line(settings.redis_url)
         self._clerk = Clerk(worker)
         self._upstream = Upstream(
             settings.base_url,
@@ -61,15 +61,17 @@ class Process:
             run=self._client.run,
             keys=settings.keys,
             settings=settings,
-            writer=Writer(line.run, settings.keys, settings.lease, settings.flush_ms and settings.flush_ms / 1000),
+            writer=Writer(
+                self._line.run, settings.keys, settings.lease, settings.flush_ms and settings.flush_ms / 1000
+            ),
             ticker=Ticker(),
             upstream=self._upstream,
             worker=worker.name,
         )
         self._intake = Intake(self._client, worker, self._clerk, settings.streams, self._begin)
 
-    async def run(self, *, burst: bool) -> None:
-        """Until a signal, or with `burst` until the lanes are empty and every job has ended."""
+    async def run(self, *, burst: bool) -> bool:
+        """Until a signal, or with `burst` until the lanes are empty and every job has ended. False after a fault of ours."""
         loop = asyncio.get_running_loop()
         for each in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(each, self._on_signal)
@@ -84,6 +86,7 @@ class Process:
             self._service(self._clerk.run()),
             self._service(self._clerk.beat()),
             self._service(Sweeper(self._client).run()),
+            self._service(Repacker(self._client).run()),
         ]
         try:
             await self._work(burst=burst)
@@ -96,8 +99,9 @@ class Process:
             await asyncio.gather(*services, return_exceptions=True)
             await self._upstream.close()
             await self._client.close()
-            await self._line.close()
+            self._line.close()
         log.info("worker.stopped", worker=self._worker.name)
+        return not self._broken
 
     def _service(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(coroutine)
@@ -107,6 +111,7 @@ class Process:
     def _service_ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("worker.broken", exc_info=error)  # a bug: hand the jobs over rather than limp on
+            self._broken = True
             self._on_signal()
             self._on_signal()
 

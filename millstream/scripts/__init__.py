@@ -13,7 +13,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Final
 
-NAMES: Final = ("submit", "deliver", "take", "claim", "append", "cancel", "release", "forget", "sweep")
+NAMES: Final = ("submit", "deliver", "take", "claim", "append", "cancel", "release", "forget", "sweep", "repack")
 
 
 @dataclass(frozen=True, slots=True)

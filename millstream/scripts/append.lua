@@ -1,6 +1,6 @@
 -- append: write events of many jobs, each guarded by its holder; renew their leases. Zero events are a heartbeat.
 --
--- KEYS  1 open  2 ended  then per job: state, log  then per job that ends, in the same order: spec
+-- KEYS  1 open  2 ended  3 repack  then per job: state, log  then per job that ends, in the same order: spec
 -- ARGV  1 lease (ms)  2 number of jobs  then per job:
 --       holder (TOKEN:ATTEMPT), seq of the first event, number of events, kind, events in compact form,
 --       then for the kind '' nothing; 'usage': usage (JSON); 'end': usage or '', closing status, finish reasons (JSON),
@@ -26,7 +26,7 @@ local text_middle = middle .. ',"type":"chunk","index":0,"delta":{"content":'
 local lease = tonumber(ARGV[1])
 local jobs = tonumber(ARGV[2])
 local arg = 3
-local next_spec = 3 + 2 * jobs
+local next_spec = 4 + 2 * jobs
 
 local function expand(event)
   if byte(event) == 91 then -- [index, n, "text"]
@@ -103,7 +103,7 @@ local function append(state, log, spec, holder, first, count, kind, from)
   end
   local after = from + count
   call('HSET', state, 'finish_reasons', ARGV[after + 2], 'error', ARGV[after + 3])
-  end_job({match(log, '{(.*)}'), state, log, spec}, KEYS[1], KEYS[2], now, last, attempt, ARGV[after + 1],
+  end_job({match(log, '{(.*)}'), state, log, spec}, KEYS[1], KEYS[2], KEYS[3], now, last, attempt, ARGV[after + 1],
     ARGV[after - 1], holder)
   return {'ok', last}
 end
@@ -117,7 +117,7 @@ for i = 1, jobs do
     spec = KEYS[next_spec]
     next_spec = next_spec + 1
   end
-  local done, reply = pcall(append, KEYS[1 + 2 * i], KEYS[2 + 2 * i], spec, holder, first, count, kind, arg + 4)
+  local done, reply = pcall(append, KEYS[2 + 2 * i], KEYS[3 + 2 * i], spec, holder, first, count, kind, arg + 4)
   if not done then
     reply = {'error', 0, type(reply) == 'table' and reply.err or tostring(reply)}
   end

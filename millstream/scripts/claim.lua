@@ -1,6 +1,6 @@
 -- claim: take the right to run a job, as its newest attempt.
 --
--- KEYS  1 state  2 log  3 spec  4 open  5 ended
+-- KEYS  1 state  2 log  3 spec  4 open  5 ended  6 repack
 -- ARGV  1 job id  2 token of this delivery  3 lease (ms)
 --       4 next: '' to take the job, or the number of the further attempt that the holder of the token begins
 -- Returns {'claimed', attempt, last seq, reason, broken, max attempts}
@@ -56,7 +56,7 @@ elseif broken >= max_attempts then
 end
 if failure then
   redis.call('HSET', KEYS[1], 'error', failure, 'broken', broken)
-  end_job(job, KEYS[4], KEYS[5], now, seq + 1, attempt, 'failed', '{"type":"failed","finish_reasons":{},"error":'
+  end_job(job, KEYS[4], KEYS[5], KEYS[6], now, seq + 1, attempt, 'failed', '{"type":"failed","finish_reasons":{},"error":'
     .. failure .. '}', '')
   return {'closed', 'failed'}
 end

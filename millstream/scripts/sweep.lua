@@ -1,6 +1,6 @@
 -- sweep: of the jobs that are due, find those nobody works on; they are to be delivered again by the caller.
 --
--- KEYS  1 open  2 ended  then per job: state, log, spec
+-- KEYS  1 open  2 ended  3 repack  then per job: state, log, spec
 -- ARGV  1 lease (ms)  2 patience (ms)  3 number of lanes, then per lane: its name and when the oldest delivery that
 --       waits in it was submitted (ms, or '' for an empty lane)  then per job: its id
 -- Returns {id, lane, 'lost' | 'vanished' | 'due'} per job to deliver; each is rescored as it is taken, so that several
@@ -34,7 +34,7 @@ local function look(id, state, log, spec)
   if s[5] and s[6] == '0' and tonumber(s[5]) <= now then
     local failure = '{"code":"expired","message":"it was not started before its expiry"}'
     redis.call('HSET', state, 'error', failure)
-    end_job({id, state, log, spec}, KEYS[1], KEYS[2], now, s[7] + 1, s[6], 'failed',
+    end_job({id, state, log, spec}, KEYS[1], KEYS[2], KEYS[3], now, s[7] + 1, s[6], 'failed',
       '{"type":"failed","finish_reasons":{},"error":' .. failure .. '}', '')
     return nil
   end
@@ -53,7 +53,7 @@ end
 
 local found = {}
 for i = 4 + 2 * lanes, #ARGV do
-  local k = 3 * (i - 3 - 2 * lanes)
+  local k = 1 + 3 * (i - 3 - 2 * lanes)
   local done, reply = pcall(look, ARGV[i], KEYS[k], KEYS[k + 1], KEYS[k + 2])
   if not done then
     redis.call('ZADD', KEYS[1], now + patience, ARGV[i]) -- broken keys must not be looked at in every sweep
