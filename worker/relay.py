@@ -157,14 +157,19 @@ class Relay:
 
     async def _read(self, clock: Clock) -> Verdict:
         answer = Answer(choices=self._spec.params.get("n") or 1, prompt_bytes=self._prompt_bytes)
+
+        def take(parts: Sequence[Part]) -> bool:
+            if parts:
+                self._pass_on(answer, clock, parts)
+            return not self._outbox.full
+
+        async def room() -> None:
+            clock.pause()
+            await self._outbox.room()
+            clock.resume()
+
         async with self._services.upstream.ask(self._spec) as stream:
-            while not stream.done and (parts := await stream.read()) is not None:
-                if parts:
-                    self._pass_on(answer, clock, parts)
-                if self._outbox.full:
-                    clock.pause()
-                    await self._outbox.room()
-                    clock.resume()
+            await stream.play(take, room)
         return answer.verdict(done=stream.done)
 
     def _pass_on(self, answer: Answer, clock: Clock, parts: Sequence[Part]) -> None:

@@ -59,7 +59,8 @@ class Writer:
         self._dirty: dict[Outbox, None] = {}  # in the order of their turns
         self._wake = asyncio.Event()
         self._heartbeat = min(HEARTBEAT, lease / 4)
-        self._last_call = 0.0
+        self._begun = 0.0  # the last call, by the loop's clock: a pause includes the call itself
+        self._noted = 0.0
         self._rate = 0.0  # messages a second
 
     def add(self, outbox: Outbox) -> None:
@@ -82,12 +83,13 @@ class Writer:
         loop = asyncio.get_running_loop()
         while True:
             await self._turn(loop)
-            batch = self._gather(loop.time())
+            self._begun = loop.time()
+            batch = self._gather(self._begun)
             if not batch:
                 continue
+            self._note_rate(sum(1 for _, frame in batch if frame.events), self._begun)
             replies = await self._send([frame for _, frame in batch])
             now = loop.time()
-            self._note_rate(sum(1 for _, frame in batch if frame.events), now)
             for (outbox, _), (code, seq, message) in zip(batch, replies, strict=True):
                 if code == "error":
                     log.error("writer.refused", job=outbox.job_id, reason=message[:200])
@@ -105,7 +107,7 @@ class Writer:
                     await self._wake.wait()
             except TimeoutError:
                 return
-        if (left := self._last_call + self._pause() - loop.time()) > 0:
+        if (left := self._begun + self._pause() - loop.time()) > 0:
             await asyncio.sleep(left)
 
     def _pause(self) -> float:
@@ -116,10 +118,10 @@ class Writer:
 
     def _note_rate(self, messages: int, now: float) -> None:
         """An exponential average over time: calls are not evenly spaced."""
-        passed = max(1e-6, now - self._last_call)
+        passed = max(1e-6, now - self._noted)
         kept = math.exp(-passed / RATE_MEMORY)
         self._rate = self._rate * kept + (1 - kept) * messages / passed
-        self._last_call = now
+        self._noted = now
 
     def _gather(self, now: float) -> Sequence[tuple[Outbox, Frame]]:
         batch: list[tuple[Outbox, Frame]] = []

@@ -2,7 +2,8 @@
 
 from .answer import Answer, Verdict
 from .chunks import Finish, Piece, Usage
-from .client import Stream, Upstream
+from .client import Upstream
 from .failures import UpstreamFailure
+from .stream import Stream
 
 __all__ = ["Answer", "Finish", "Piece", "Stream", "Upstream", "UpstreamFailure", "Usage", "Verdict"]

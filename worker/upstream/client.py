@@ -19,14 +19,9 @@ from openai import AsyncOpenAI, AsyncStream
 
 from millstream.job import Spec
 
-from . import chunks
-from .chunks import DONE, Part
 from .failures import UpstreamFailure, from_error, from_status
-from .sse import EventTooLargeError, Named, SseDecoder
+from .stream import Stream
 from .transport import RawBodyTransport, body_of
-
-MAX_ANSWER: Final = 512 * 1024 * 1024
-"""Bytes of one response, JSON and all; an endless stream ends here."""
 
 DRAIN: Final = 1.0
 """Seconds to wait for the end of a finished body, so that its connection can be used again."""
@@ -98,41 +93,6 @@ class Upstream:
             failure.message = failure.message.replace(self._key, "***")
             failure.args = (f"{failure.code}: {failure.message}",)
         return failure
-
-
-class Stream:
-    """The answer as it comes."""
-
-    def __init__(self, body: aiohttp.ClientResponse) -> None:
-        self._body = body
-        self._decoder = SseDecoder()
-        self._bytes = 0
-        self.done = False
-        """Whether `[DONE]` was seen; nothing after it counts."""
-
-    async def read(self) -> list[Part] | None:
-        """The parts of the next packet, perhaps none; None at the end. Raises UpstreamFailure."""
-        try:
-            packet = await self._body.content.readany()
-        except (aiohttp.ClientError, OSError, EOFError) as error:
-            raise UpstreamFailure("stream_broken", f"the connection broke ({type(error).__name__})") from None
-        self._bytes += len(packet)
-        if self._bytes > MAX_ANSWER:
-            raise UpstreamFailure("answer_too_large", f"the answer exceeds {MAX_ANSWER:,} bytes", retryable=False)
-        try:
-            events = self._decoder.feed(packet) if packet else self._decoder.close()
-        except EventTooLargeError:
-            raise UpstreamFailure("event_too_large", "one event exceeds 4 MB", retryable=False) from None
-        found: list[Part] = []
-        for event in events:
-            if isinstance(event, Named):
-                chunks.named(event.name, event.data)
-            elif event.startswith(DONE):
-                self.done = True
-                return found
-            elif event.strip():
-                found += chunks.parts(event)
-        return found if packet or found else None
 
 
 async def _check_kind(body: aiohttp.ClientResponse) -> None:
