@@ -10,6 +10,7 @@
 `millstream.events`; `millstream.testing` plays the worker in your own tests.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .errors import (
@@ -49,11 +50,8 @@ if not TYPE_CHECKING:  # a type checker sees the imports above, and so still kno
 
     def __getattr__(name: str) -> Any:
         """Import a client when it is first asked for: redis and rq take ten times as long as all the rest."""
-        if name == "Client":
-            from .client import Client as found
-        elif name == "AsyncClient":
-            from .async_client import AsyncClient as found
-        else:
+        homes = {"Client": "client", "AsyncClient": "async_client"}
+        if name not in homes:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        globals()[name] = found
-        return found
+        globals()[name] = getattr(import_module(f".{homes[name]}", __name__), name)
+        return globals()[name]

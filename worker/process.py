@@ -71,7 +71,7 @@ class Process:
         self._intake = Intake(self._client, worker, self._clerk, settings.streams, self._begin)
 
     async def run(self, *, burst: bool) -> bool:
-        """Until a signal, or with `burst` until the lanes are empty and every job has ended. False after a fault of ours."""
+        """Until a signal, or with `burst` until the lanes are empty and all has ended. False after a fault of ours."""
         loop = asyncio.get_running_loop()
         for each in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(each, self._on_signal)

@@ -24,7 +24,7 @@ log = structlog.get_logger()
 
 
 class Repacker:
-    """Takes the ended jobs in the order of their ends. Several at once do no harm: a step goes on where the last ended."""
+    """Takes ended jobs in the order of their ends. Several at once do no harm: a step takes up where the last ended."""
 
     def __init__(self, client: AsyncClient) -> None:
         self._client = client

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Final
 
 import msgspec
@@ -39,8 +38,7 @@ class _Chunk(Struct):
 _decoder = msgspec.json.Decoder(_Chunk)
 
 
-@dataclass(slots=True, frozen=True)
-class Piece:
+class Piece(Struct, frozen=True, gc=False):
     """Something of choice `index`: either its `delta` or, with `text` set, content alone (the usual case)."""
 
     index: int
@@ -48,16 +46,14 @@ class Piece:
     delta: dict[str, Any] | None = None
 
 
-@dataclass(slots=True, frozen=True)
-class Finish:
+class Finish(Struct, frozen=True, gc=False):
     """Choice `index` ended, in the upstream's own word."""
 
     index: int
     reason: str
 
 
-@dataclass(slots=True, frozen=True)
-class Usage:
+class Usage(Struct, frozen=True, gc=False):
     """The tokens used, as the upstream counted them."""
 
     usage: dict[str, Any]
