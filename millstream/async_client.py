@@ -80,8 +80,7 @@ class AsyncClient:
         `asked`: `model`, what a job may ask for (`lane, timeout, max_attempts, expires, retention, on_break, metadata`; times in
         seconds) and OpenAI parameters. Raises SpecError, JobExists (known id, other spec), RedisUnavailable.
         """
-        asked.setdefault("model", self.settings.model)
-        spec = job.build(prompt, messages=messages, **asked)
+        spec = job.build(prompt, messages=messages, **self._with_model(asked))
         job_id = job.new_id() if id is None else job.check_id(id)
         return Job(id=job_id, created=await self.run(calls.submit(self.keys, self.settings, job_id, spec)))
 
@@ -92,7 +91,7 @@ class AsyncClient:
         """
         ids, wanted = [], []
         for request in requests:
-            asked = {"model": self.settings.model, **request}
+            asked = self._with_model(request)
             given = asked.pop("id", None)
             ids.append(job.new_id() if given is None else job.check_id(given))
             wanted.append(calls.submit(self.keys, self.settings, ids[-1], job.build(**asked)))
@@ -150,13 +149,14 @@ class AsyncClient:
     async def stream(
         self, job_id: str, on_content: OnContent | None = None, on_restart: OnRestart | None = None, after: int = 0
     ) -> str:
-        """Call `on_content(text)` with every piece as it comes, and return the whole final text.
+        """Call `on_content(text)` with every piece as it comes, and return the whole final text (as far as it is above `after`).
 
         `on_restart(attempt, reason)` comes before new text when the text so far is void. Raises JobFailed, JobCancelled.
         """
-        narrator = Narrator(on_content, on_restart)
-        async for event in self.follow(job_id, after):
-            narrator.feed(event)
+        narrator = Narrator(on_content, on_restart, shown=after > 0)
+        async with aclosing(self.follow(job_id, after)) as events:  # a callback may raise
+            async for event in events:
+                narrator.feed(event)
         raise_for_end(job_id, narrator.transcript)
         return narrator.transcript.text
 
@@ -214,6 +214,10 @@ class AsyncClient:
             replies = await pipe.execute()
         return [call.decode(reply) for call, reply in zip(wanted, replies, strict=True)]
 
+    def _with_model(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        named = asked.get("model") is not None
+        return {**asked, "model": asked["model"] if named else self.settings.model}
+
     async def _statuses(self, job_ids: Sequence[str]) -> Sequence[Status]:
         with translated(self._url):
             pipe = self.redis.pipeline(transaction=False)
@@ -247,7 +251,7 @@ class AsyncClient:
                         for each in batch:
                             yield each
             except RedisUnavailable:
-                if self._clock() - answered > OUTAGE:
+                if self._clock() - answered > OUTAGE or (until is not None and self._clock() >= until):
                     raise
                 await asyncio.sleep(RECONNECT)
 

@@ -66,7 +66,7 @@ class Reading:
 
     def __init__(self, job_id: str, after: int = 0) -> None:
         self.job_id = job_id
-        self.cursor = after
+        self.cursor = max(after, 0)
         """The last seq that was taken."""
         self.ended = False
         self.known = False
@@ -157,7 +157,7 @@ class Following:
             return []
         try:
             event = decode(message["data"])
-        except (msgspec.MsgspecError, UnicodeError):
+        except (msgspec.MsgspecError, UnicodeError, RecursionError):
             self.reconnected(job_id)  # anybody may publish; the log is the truth
             return []
         return [(job_id, each) for each in self.heard(job_id, event)]
