@@ -19,13 +19,13 @@ would see in production. `ManualClock` stands still until it is told to go on.
 
 from __future__ import annotations
 
-
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from . import calls
+from .async_client import AsyncClient
 from .calls import Ending, Frame
 from .client import Client
 from .errors import MillstreamError
@@ -47,12 +47,23 @@ class ManualClock:
         self.now += seconds
 
 
-def fake_client(settings: Settings | None = None, **options: Any) -> Client:
-    """A client on an in-process fake of Redis. Each has its own data. Needs `fakeredis[lua]`."""
-    import fakeredis  # noqa: PLC0415 - wanted by those who test, not by those who run
+def fake_client(settings: Settings | None = None, *, server: Any = None, **options: Any) -> Client:
+    """A client on an in-process fake of Redis. Needs `fakeredis[lua]`.
 
-    connection = fakeredis.FakeRedis(version=(7,))
+    Each has its own data, unless they share a `server`: a `fakeredis.FakeServer(version=(7,))`.
+    """
+    import fakeredis  # wanted by those who test, not by those who run
+
+    connection = fakeredis.FakeRedis(server=server or fakeredis.FakeServer(version=(7,)))
     return Client(settings=settings, connection=connection, script_header=False, **options)
+
+
+def fake_async_client(settings: Settings | None = None, *, server: Any = None, **options: Any) -> AsyncClient:
+    """As `fake_client`, for asyncio."""
+    import fakeredis
+
+    connection = fakeredis.FakeAsyncRedis(server=server or fakeredis.FakeServer(version=(7,)))
+    return AsyncClient(settings=settings, connection=connection, script_header=False, **options)
 
 
 @dataclass(slots=True)
@@ -71,7 +82,7 @@ class ScriptedChannel:
 
     def start(
         self, job_id: str, *, token: str = "scripted", worker: str = "scripted", reason: str | None = None
-    ) -> int:  # noqa: S107
+    ) -> int:
         """Claim the job and write `started`; returns the attempt's number."""
         claim = self._client.run(calls.claim(self._client.keys, job_id, token, self._client.settings.lease))
         return self._begin(job_id, token, claim, worker, reason)
