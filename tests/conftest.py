@@ -77,7 +77,7 @@ async def async_client(
     fake = backend == "fake"
     async with fake_async_client(settings, server=fake_server) if fake else AsyncClient(settings=settings) as made:
         yield made
-    left = asyncio.all_tasks() - before
+    left = asyncio.all_tasks() - before - {asyncio.current_task()}
     assert not left, f"tasks left behind: {left}"
 
 
