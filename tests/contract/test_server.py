@@ -163,8 +163,11 @@ def test_a_server_that_is_away_is_named_without_its_password(url: str, words: st
 
 
 @only_valkey
-def test_refusals_of_the_server_are_said_in_words(client: Client, settings: Settings) -> None:
+def test_refusals_of_the_server_are_said_in_words(
+    client: Client, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A wrong password, a user who may not, a key that is something else."""
+    monkeypatch.setattr("millstream.redis_door.RETRIES", 0)
     client.redis.config_set("requirepass", "right")
     try:
         with Client(settings.redis_url.replace("//", "//:wrong@")) as stranger:
