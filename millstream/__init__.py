@@ -6,8 +6,8 @@
         job = client.submit("Write a quicksort", model="gpt-4o-mini")
         text = client.stream(job.id, on_content=print)
 
-`AsyncClient` has the same methods as coroutines. Errors are drawn in `millstream.errors`, events in `millstream.events`;
-`millstream.testing` plays the worker in your own tests.
+`AsyncClient` has the same methods as coroutines. Errors are drawn in `millstream.errors`, events in
+`millstream.events`; `millstream.testing` plays the worker in your own tests.
 """
 
 from .async_client import AsyncClient

@@ -20,8 +20,8 @@ from .settings import Settings
 T = TypeVar("T")
 
 PATIENCE_LEASES: Final = 4
-"""A queued job is looked after once this many leases have passed: 60 s by default. Looking earlier re-delivers jobs that
-merely wait (measured: 1,300 useless deliveries for 300 jobs with a patience of 200 ms)."""
+"""A queued job is looked after once this many leases have passed: 60 s by default. Looking earlier re-delivers jobs
+that merely wait (measured: 1,300 useless deliveries for 300 jobs with a patience of 200 ms)."""
 
 FORGET_MS: Final = 60_000
 

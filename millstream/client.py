@@ -76,8 +76,8 @@ class Client:
     ) -> Job:
         """Accept a job: once this returns, the job survives kill -9 of every process.
 
-        `asked`: `model`, what a job may ask for (`lane, timeout, max_attempts, expires, retention, on_break, metadata`; times in
-        seconds) and OpenAI parameters. Raises SpecError, JobExists (known id, other spec), RedisUnavailable.
+        `asked`: `model`, what a job may ask for (`lane, timeout, max_attempts, expires, retention, on_break, metadata`;
+        times in seconds) and OpenAI parameters. Raises SpecError, JobExists (known id, other spec), RedisUnavailable.
         """
         spec = job.build(prompt, messages=messages, **self._with_model(asked))
         job_id = job.new_id() if id is None else job.check_id(id)
@@ -86,7 +86,7 @@ class Client:
     def submit_many(self, requests: Iterable[Mapping[str, Any]]) -> Sequence[Job]:
         """Accept many jobs in one round trip; each request holds the arguments of `submit`.
 
-        All are checked before the first is sent. Raises what `submit` raises; a retry with the same ids doubles nothing.
+        All are checked before the first is sent. Raises what `submit` raises; a retry with the same ids doubles none.
         """
         ids, wanted = [], []
         for request in requests:
@@ -141,9 +141,10 @@ class Client:
     def stream(
         self, job_id: str, on_content: OnContent | None = None, on_restart: OnRestart | None = None, after: int = 0
     ) -> str:
-        """Call `on_content(text)` with every piece as it comes, and return the whole final text (as far as it is above `after`).
+        """Call `on_content(text)` with every piece as it comes, and return the whole final text.
 
-        `on_restart(attempt, reason)` comes before new text when the text so far is void. Raises JobFailed, JobCancelled.
+        `on_restart(attempt, reason)` comes before new text when the text so far is void. With `after`, the text begins
+        above that seq. Raises JobFailed, JobCancelled.
         """
         narrator = Narrator(on_content, on_restart, shown=after > 0)
         for event in self.follow(job_id, after):

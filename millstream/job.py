@@ -209,6 +209,6 @@ def _reason(error: Exception) -> str:
 def complete(job_id: str) -> NoReturn:
     """What RQ enqueues. Only a Millstream worker runs it; a stock RQ worker fails with these words."""
     raise RuntimeError(
-        f"job {job_id} needs a Millstream worker (`millstream-worker`, or `python -m worker` in the checkout); a stock RQ worker "
-        "cannot stream it. Nothing is lost: a Millstream worker picks it up again."
+        f"job {job_id} needs a Millstream worker (`millstream-worker`, or `python -m worker` in the checkout); "
+        "a stock RQ worker cannot stream it. Nothing is lost: a Millstream worker picks it up again."
     )

@@ -138,7 +138,7 @@ class Following:
         return [self._readings[job_id] for job_id, at in self._look_at.items() if at <= now]
 
     def patience(self, longest: float, until: float | None) -> float:
-        """Seconds to listen: until a log is due or `until` (by the clock) has come. Raises ResultTimeout when it has."""
+        """Seconds to listen: until a log is due or `until` (by the clock) comes. Raises ResultTimeout when it has."""
         now = self._clock()
         if until is not None and now >= until:
             raise ResultTimeout(next(iter(self._look_at)), until - self._began)

@@ -44,7 +44,8 @@ class Result(Struct, frozen=True, kw_only=True):
 
 def outcome(job_id: str, transcript: Transcript) -> Result:
     """The result of a transcript that has its end, whatever the status."""
-    assert transcript.end is not None
+    if transcript.end is None:
+        raise ValueError(f"job {job_id!r} has no terminal event yet: follow it to its end first")
     return Result(
         id=job_id,
         status=transcript.end.type,

@@ -15,7 +15,8 @@ class Status(Struct, frozen=True, kw_only=True):
     """One job's state. Times are Unix seconds by the server's clock, None while they lie ahead.
 
     `status`: queued, in_progress, completed, incomplete, failed or cancelled. `seq`: events in the log.
-    `attempt`: the newest attempt; `broken`: how many broke or were lost. `wait`: what a queued job waits for, until when.
+    `attempt`: the newest attempt; `broken`: how many broke or were lost. `wait`: what a queued job waits for, until
+    when.
     """
 
     id: str

@@ -13,8 +13,8 @@
         channel.complete(job.id)
         assert my_page(client, job.id) == "Hello"
 
-`ScriptedChannel` plays the worker's part by hand, through the very scripts a worker uses, so what a consumer sees is what it
-would see in production. `ManualClock` stands still until it is told to go on.
+`ScriptedChannel` plays the worker's part by hand, through the very scripts a worker uses, so what a consumer sees is
+what it would see in production. `ManualClock` stands still until it is told to go on.
 """
 
 from __future__ import annotations
