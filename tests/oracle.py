@@ -32,7 +32,7 @@ def read_log(redis: Any, keys: Keys, job_id: str) -> list[AnyEvent]:
 
 
 def check_log(client: Any, job_id: str) -> list[AnyEvent]:
-    """Check an ended job and return its log: seq 1..N, one terminal event and last, state, TTLs, nothing open or held."""
+    """Check an ended job and return its log: its seqs, its one end, its state and TTLs, nothing open or held."""
     redis, keys = client.redis, client.keys
     log = read_log(redis, keys, job_id)
     _check_order(job_id, log)
@@ -84,10 +84,11 @@ def check_keys(redis: Any, keys: Keys) -> None:
     waiting = {
         rq_id.decode() for name in redis.scan_iter("rq:queue:*", _type="list") for rq_id in redis.lrange(name, 0, -1)
     }
-    stray = []
-    for name in map(bytes.decode, redis.scan_iter("*")):
-        if redis.ttl(name) == -1 and not _may_stay(name, keys, still_open, waiting):
-            stray.append(name)
+    stray = [
+        name
+        for name in map(bytes.decode, redis.scan_iter("*"))
+        if redis.ttl(name) == -1 and not _may_stay(name, keys, still_open, waiting)
+    ]
     assert not stray, f"keys without a TTL: {sorted(stray)}"
 
 

@@ -50,7 +50,8 @@ class Hands:
 
     def sweep(self, *job_ids: str, oldest: Mapping[str, int | None] | None = None, lease: float = LEASE) -> list[Any]:
         lanes = {"interactive": None, "batch": None} if oldest is None else oldest
-        return list(self.client.run(sweep(self.client.keys, lease, job_ids, lanes)))
+        found = self.client.run(sweep(self.client.keys, lease, job_ids, lanes))
+        return list(found)
 
     def begin(self, job_id: str, *texts: str, lease: float = LEASE) -> None:
         """Claim as attempt 1 of token t1, write `started` and some text."""
@@ -81,7 +82,8 @@ class Hands:
         redis = self.client.redis
         read = {
             b"string": redis.get, b"hash": redis.hgetall, b"stream": redis.xrange, b"set": redis.smembers,
-            b"list": lambda key: redis.lrange(key, 0, -1), b"zset": lambda key: redis.zrange(key, 0, -1, withscores=True),
+            b"list": lambda key: redis.lrange(key, 0, -1),
+            b"zset": lambda key: redis.zrange(key, 0, -1, withscores=True),
         }  # fmt: skip
         return {key: read[redis.type(key)](key) for key in sorted(redis.scan_iter("*"))}
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from millstream import Chunk, Client, Completed
-from millstream.calls import Frame, append
+from millstream.calls import Ending, Frame, append
 from millstream.events import compact, compact_text
 from tests.contract.conftest import COMPLETED, DONE, STARTED, Hands
 from tests.oracle import check_log, read_log
@@ -187,10 +188,15 @@ def test_what_the_end_brings_is_kept_in_the_state(client: Client, sent: Hands) -
     """Finish reasons, usage and error can be had without reading the log."""
     client.submit("Hi", id="j")
     sent.begin("j")
-    sent.append("j", 2, compact("completed", finish_reasons={0: "stop", 1: "length"}, usage={"total_tokens": 3}),
-                ending=type(COMPLETED)("completed", b'{"0":"stop","1":"length"}'), usage=b'{"total_tokens":3}')  # fmt: skip
+    end = compact("completed", finish_reasons={0: "stop", 1: "length"}, usage={"total_tokens": 3})
+    ending = Ending("completed", b'{"0":"stop","1":"length"}')
+    sent.append("j", 2, end, ending=ending, usage=b'{"total_tokens":3}')
     status = client.status("j")
-    assert (status.status, status.finish_reasons, status.usage) == ("completed", {0: "stop", 1: "length"}, {"total_tokens": 3})
+    assert (status.status, status.finish_reasons, status.usage) == (
+        "completed",
+        {0: "stop", 1: "length"},
+        {"total_tokens": 3},
+    )
     assert status.error is None
     check_log(client, "j")
 
@@ -232,7 +238,21 @@ def test_a_broken_key_fails_its_own_job_alone(client: Client, hands: Hands, brok
     assert texts(client, "j0") == texts(client, "j2") == ["a"]
 
 
-HOSTILE = ["", "\0", '"', "\\", "\u2028", "👩‍👩‍👧", "%d%s%%", "]", '"},{"type":"completed"}', "\x1b[2J", "[0,1,\"x\"]", "\n\ndata: x", "x" * 60_000]
+HOSTILE = [
+    "",
+    "\0",
+    '"',
+    "\\",
+    "\u2028",
+    "👩‍👩‍👧",
+    "%d%s%%",
+    "]",
+    '"},{"type":"completed"}',
+    "\x1b[2J",
+    '[0,1,"x"]',
+    "\n\ndata: x",
+    "x" * 60_000,
+]
 
 
 def test_any_text_arrives_as_it_was(client: Client, hands: Hands) -> None:
@@ -253,9 +273,9 @@ def test_any_text_arrives_as_it_was(client: Client, hands: Hands) -> None:
 
 
 def test_many_random_calls_with_lost_replies_leave_the_whole_text(
-    client: Client, hands: Hands, capsys: pytest.CaptureFixture[str]
+    client: Client, hands: Hands, say: Callable[[str], None]
 ) -> None:
-    """Every call may be sent up to three times, and later calls may repeat earlier seqs: the log has each event once."""
+    """Every call may be sent up to three times, and later ones may repeat earlier seqs: the log has each event once."""
     seed = random.randrange(2**32)
     chance = random.Random(seed)
     client.submit("Hi", id="j")
@@ -274,5 +294,4 @@ def test_many_random_calls_with_lost_replies_leave_the_whole_text(
     hands.append("j", 2 + at, DONE, ending=COMPLETED)
     assert texts(client) == pieces, f"seed {seed}"
     check_log(client, "j")
-    with capsys.disabled():
-        print(f"\n  random appends: {calls} calls, seed {seed}")
+    say(f"random appends: {calls} calls, seed {seed}")

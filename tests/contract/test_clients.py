@@ -25,8 +25,7 @@ from millstream import (
     Settings,
 )
 from millstream import client as client_module
-from millstream.testing import ScriptedChannel, fake_async_client, fake_client
-from tests.contract.conftest import Hands
+from millstream.testing import ScriptedChannel, fake_async_client
 from tests.contract.consumers import Consumer, wait_until
 from tests.oracle import check_consumers, check_keys, check_log
 from tests.valkey import Valkey
@@ -70,9 +69,16 @@ def test_a_job_is_submitted_watched_and_cancelled(api: Api, client: Client) -> N
     """The same calls on both."""
     job = api("submit", "Hi", id="j", metadata={"team": "a"})
     assert (job.id, job.created) == ("j", True)
-    assert [each.created for each in api("submit_many", [{"prompt": "Hi", "id": "j", "metadata": {"team": "a"}}])] == [False]
+    assert [each.created for each in api("submit_many", [{"prompt": "Hi", "id": "j", "metadata": {"team": "a"}}])] == [
+        False
+    ]
     status = api("status", "j")
-    assert (status.status, status.lane, status.metadata, status.ended) == ("queued", "interactive", {"team": "a"}, False)
+    assert (status.status, status.lane, status.metadata, status.ended) == (
+        "queued",
+        "interactive",
+        {"team": "a"},
+        False,
+    )
     assert [each.id for each in api("list")] == ["j"]
     assert api("cancel", "j") == "cancelled"
     assert api("forget", "j") is None
@@ -178,7 +184,11 @@ def test_the_feed_tells_every_end_once(client: Client, channel: ScriptedChannel)
     client.cancel("j2")
     feed = client.ended(after="0")
     entries = [next(feed) for _ in range(3)]
-    assert [(each.id, each.status) for each in entries] == [("j1", "completed"), ("j0", "cancelled"), ("j2", "cancelled")]
+    assert [(each.id, each.status) for each in entries] == [
+        ("j1", "completed"),
+        ("j0", "cancelled"),
+        ("j2", "cancelled"),
+    ]
     assert next(client.ended(after=entries[0].cursor)) == entries[1]
 
 

@@ -187,7 +187,7 @@ def test_forgetting_never_keeps_longer(client: Client, hands: Hands) -> None:
 def test_an_open_job_is_not_forgotten(client: Client) -> None:
     """The error says to cancel it first."""
     client.submit("Hi", id="j")
-    with pytest.raises(MillstreamError, match="'j' is queued.*cancel it first"):
+    with pytest.raises(MillstreamError, match=r"'j' is queued.*cancel it first"):
         client.forget("j")
     assert client.redis.ttl(client.keys.state("j")) == -1
 

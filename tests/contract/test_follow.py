@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Self
 
 import fakeredis
 import pytest
@@ -25,7 +26,9 @@ Follow = Callable[..., Consumer]
 
 
 @pytest.fixture(params=["sync", "async"])
-def follow(request: pytest.FixtureRequest, backend: str, settings: Settings, fake_server: fakeredis.FakeServer) -> Follow:
+def follow(
+    request: pytest.FixtureRequest, backend: str, settings: Settings, fake_server: fakeredis.FakeServer
+) -> Follow:
     """Starts a consumer: `follow("j", "k", after=0, on_event=...)`."""
 
     def make() -> Client | AsyncClient:
@@ -130,13 +133,17 @@ def test_a_log_of_many_pages_is_read_whole(client: Client, channel: ScriptedChan
     check_consumers([consumer.join()["j"], follow("j").join()["j"]], log)
 
 
-def test_a_consumer_that_dies_goes_on_from_its_cursor(
-    client: Client, channel: ScriptedChannel, follow: Follow
-) -> None:
+def test_a_consumer_that_dies_goes_on_from_its_cursor(client: Client, channel: ScriptedChannel, follow: Follow) -> None:
     """Killed at every fifth event and started again after the last one it has: its pieces are the log."""
     client.submit("Hi", id="j")
     channel.start("j")
-    writer = threading.Thread(target=lambda: ([channel.chunk("j", f"{i}") for i in range(40)], channel.complete("j")))
+
+    def write() -> None:
+        for i in range(40):
+            channel.chunk("j", f"{i}")
+        channel.complete("j")
+
+    writer = threading.Thread(target=write)
     writer.start()
     seen: list[Event] = []
     while not (seen and seen[-1].terminal):
@@ -197,7 +204,7 @@ class Restless:
             except ResponseError:  # "No such client": nobody was subscribed just then
                 continue
 
-    def __enter__(self) -> Restless:
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
@@ -208,7 +215,7 @@ class Restless:
 
 @only_valkey
 def test_killed_subscriptions_cost_no_event(
-    client: Client, channel: ScriptedChannel, follow: Follow, capsys: pytest.CaptureFixture[str]
+    client: Client, channel: ScriptedChannel, follow: Follow, say: Callable[[str], None]
 ) -> None:
     """CLIENT KILL TYPE pubsub at random moments while three consumers follow: all lists equal the log."""
     seed = random.randrange(2**32)
@@ -228,8 +235,7 @@ def test_killed_subscriptions_cost_no_event(
         log = check_log(client, job_id)
         check_consumers(seen, log)
         kills, rounds, events = kills + restless.kills, rounds + 1, events + len(log)
-    with capsys.disabled():
-        print(f"\n  killed subscriptions: {kills} random moments in {rounds} rounds, {events} events x 3, seed {seed}")
+    say(f"killed subscriptions: {kills} random moments in {rounds} rounds, {events} events x 3, seed {seed}")
 
 
 @pytest.fixture
@@ -244,7 +250,7 @@ def _small_buffers(client: Client) -> Iterator[None]:
 @only_valkey
 @pytest.mark.usefixtures("_small_buffers")
 def test_a_slow_consumer_that_is_cut_off_sees_everything(
-    client: Client, channel: ScriptedChannel, follow: Follow, capsys: pytest.CaptureFixture[str]
+    client: Client, channel: ScriptedChannel, follow: Follow, say: Callable[[str], None]
 ) -> None:
     """The server drops a subscription whose buffer overflows, without a word to the consumer."""
     client.submit("Hi", id="j")
@@ -265,12 +271,11 @@ def test_a_slow_consumer_that_is_cut_off_sees_everything(
     channel.complete("j")
     log = check_log(client, "j")
     check_consumers([consumer.join()["j"]], log)
-    with capsys.disabled():
-        print(f"\n  slow consumer: cut off {cut_off()} times, {len(log)} events")
+    say(f"slow consumer: cut off {cut_off()} times, {len(log)} events")
 
 
 def test_random_writers_and_consumers_agree(
-    client: Client, channel: ScriptedChannel, hands: Hands, follow: Follow, capsys: pytest.CaptureFixture[str]
+    client: Client, channel: ScriptedChannel, hands: Hands, follow: Follow, say: Callable[[str], None]
 ) -> None:
     """Consumers that begin at random moments from random cursors, while packs of random sizes are written."""
     seed = random.randrange(2**32)
@@ -294,5 +299,4 @@ def test_random_writers_and_consumers_agree(
         for after, consumer in consumers:
             check_consumers([consumer.join()[job_id]], log[after:])
             trials += 1
-    with capsys.disabled():
-        print(f"\n  random consumers: {trials} trials, seed {seed}")
+    say(f"random consumers: {trials} trials, seed {seed}")

@@ -24,7 +24,7 @@ TIMES = {b"created_at", b"enqueued_at"}
 
 @pytest.mark.parametrize("lane", ["interactive", "batch"])
 def test_our_delivery_is_what_rq_itself_would_write(client: Client, lane: str) -> None:
-    """The hash, the queue's list and the set of queues of `Queue.enqueue_call`: fields and values, but for the times."""
+    """The hash, the queue's list and the set of queues of `Queue.enqueue_call`: fields and values, but for times."""
     rq_queue = Queue(client.keys.queue(lane), connection=client.redis, serializer=JSONSerializer)
     client.submit("Hi", id="j", lane=lane)
     (ours,) = client.redis.lrange(queue_key(client.keys, lane), 0, -1)
@@ -151,7 +151,9 @@ def test_a_full_server_lets_running_jobs_end(full: Client, hands: Hands) -> None
         ("unix:///nowhere/redis.sock", "Redis at /nowhere/redis.sock cannot be reached"),
     ],
 )
-def test_a_server_that_is_away_is_named_without_its_password(url: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_is_away_is_named_without_its_password(
+    url: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where it was looked for, and what to do: start one, or set REDIS_URL."""
     monkeypatch.setattr("millstream.redis_door.RETRIES", 1)
     with Client(url) as client:
@@ -179,9 +181,9 @@ def test_refusals_of_the_server_are_said_in_words(
     finally:
         client.redis.config_set("requirepass", "")
     client.redis.acl_setuser("reader", enabled=True, passwords=["+pw"], commands=["+get"], keys=["*"])
-    with Client(settings.redis_url.replace("//", "//reader:pw@")) as reader:
-        with pytest.raises(RedisUnavailable, match="does not allow this user"):
-            reader.submit("Hi")
+    reader = Client(settings.redis_url.replace("//", "//reader:pw@"))
+    with reader, pytest.raises(RedisUnavailable, match="does not allow this user"):
+        reader.submit("Hi")
     client.redis.acl_deluser("reader")
     client.redis.set(client.keys.open, "no zset", ex=60)
     with pytest.raises(RedisUnavailable, match="refused: WRONGTYPE"):

@@ -8,7 +8,7 @@ from millstream import Client, JobExists, SpecError
 from millstream.calls import submit
 from millstream.delivery import QUEUES_KEY, job_of, queue_key
 from millstream.job import build
-from tests.contract.conftest import DONE, STARTED, COMPLETED, Hands
+from tests.contract.conftest import COMPLETED, DONE, STARTED, Hands
 
 
 def test_a_job_is_stored_opened_and_delivered(client: Client, hands: Hands) -> None:
@@ -95,7 +95,9 @@ def test_many_jobs_are_accepted_in_one_round_trip(client: Client) -> None:
     assert all(job.created for job in jobs)
     queued = [job_of(rq_id.decode()) for rq_id in client.redis.lrange(queue_key(client.keys, "interactive"), 0, -1)]
     assert queued == [job.id for job in jobs]
-    assert not any(job.created for job in client.submit_many([{"prompt": f"job {i}", "id": f"j{i}"} for i in range(50)]))
+    assert not any(
+        job.created for job in client.submit_many([{"prompt": f"job {i}", "id": f"j{i}"} for i in range(50)])
+    )
     assert client.submit_many([]) == []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -52,8 +53,10 @@ def test_a_job_that_is_not_due_is_left_alone(client: Client, hands: Hands) -> No
 
 
 @pytest.mark.parametrize("oldest", [None, 1, -1])
-def test_a_queued_job_has_vanished_only_if_nothing_older_waits(client: Client, hands: Hands, oldest: int | None) -> None:
-    """A backlog is no loss: `oldest` is when the oldest delivery of the lane was submitted, beside the job's own time."""
+def test_a_queued_job_has_vanished_only_if_nothing_older_waits(
+    client: Client, hands: Hands, oldest: int | None
+) -> None:
+    """A backlog is no loss: `oldest` is when the lane's oldest delivery was submitted, beside the job's time."""
     client.submit("Hi", id="j")
     created = int(hands.state("j")["created"])
     hands.make_due("j")
@@ -125,18 +128,18 @@ def test_a_broken_job_keeps_no_sweep_from_the_others(client: Client, hands: Hand
     assert PATIENCE_MS - 1000 < looked_at_in(client, hands, "bad") <= PATIENCE_MS
 
 
-def test_several_sweeps_at_once_take_different_jobs(
-    client: Client, hands: Hands, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_several_sweeps_at_once_take_different_jobs(client: Client, hands: Hands, say: Callable[[str], None]) -> None:
     """Each due job is delivered by exactly one of them."""
     rounds, jobs, sweepers = 5, 30, 4
     ids = [job.id for job in client.submit_many([{"prompt": "Hi"} for _ in range(jobs)])]
+
+    def sweep_one_by_one() -> list[tuple[str, ...]]:
+        return [row for job_id in ids for row in client.run(sweep(client.keys, LEASE, [job_id], {}))]
+
     for _ in range(rounds):
         hands.make_due(*ids)
-        calls = [sweep(client.keys, LEASE, [job_id], {}) for job_id in ids]
         with ThreadPoolExecutor(sweepers) as pool:
-            found = list(pool.map(lambda _: [row for call in calls for row in client.run(call)], range(sweepers)))
+            found = list(pool.map(lambda _: sweep_one_by_one(), range(sweepers)))
         taken = sorted(job_id for each in found for job_id, _, _ in each)
         assert taken == sorted(ids)
-    with capsys.disabled():
-        print(f"\n  sweeps at once: {rounds} rounds of {sweepers} over {jobs} jobs")
+    say(f"sweeps at once: {rounds} rounds of {sweepers} over {jobs} jobs")

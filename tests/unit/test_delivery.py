@@ -23,7 +23,9 @@ def test_the_job_is_found_in_the_name_of_its_delivery(job_id: str) -> None:
     assert job_of(deliver(KEYS, job_id, "interactive").rq_id) == job_id
 
 
-@pytest.mark.parametrize("rq_id", ["", "-", "short", "job-1234567", "job_12345678", "-12345678", "a b-12345678", "é-12345678"])
+@pytest.mark.parametrize(
+    "rq_id", ["", "-", "short", "job-1234567", "job_12345678", "-12345678", "a b-12345678", "é-12345678"]
+)
 def test_a_foreign_name_is_nobodys(rq_id: str) -> None:
     """RQ jobs that others put into our queue are told from deliveries."""
     assert job_of(rq_id) is None

@@ -31,7 +31,21 @@ from millstream.events import (
 TEXTS = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"])),
     st.sampled_from(
-        ["", "\0", '"', "\\", "\u2028\u2029", "👩‍👩‍👧", "]", "[1,2,", '"}', "\r\n\n\ndata: x", "\x1b[31m", "%s%d%", "\ufeff"]
+        [
+            "",
+            "\0",
+            '"',
+            "\\",
+            "\u2028\u2029",
+            "👩‍👩‍👧",
+            "]",
+            "[1,2,",
+            '"}',
+            "\r\n\n\ndata: x",
+            "\x1b[31m",
+            "%s%d%",
+            "\ufeff",
+        ]
     ),
 )
 
@@ -76,7 +90,9 @@ def test_an_event_survives_the_log(event: Event) -> None:
     assert unpack(*packed(compacted(event), last=event.seq, attempt=event.attempt)) == [event]
 
 
-@given(texts=st.lists(st.tuples(TEXTS, st.integers(0, 127), st.integers(1, 99)), min_size=1), before=st.integers(0, 10**9))
+@given(
+    texts=st.lists(st.tuples(TEXTS, st.integers(0, 127), st.integers(1, 99)), min_size=1), before=st.integers(0, 10**9)
+)
 def test_any_text_survives_a_pack_and_the_channel(texts: list[tuple[str, int, int]], before: int) -> None:
     """Content is carried as it is, NUL, quotes and line separators included; seqs end at the pack's id."""
     items = [compact_text(text, index, n) for text, index, n in texts]
@@ -90,7 +106,7 @@ def test_any_text_survives_a_pack_and_the_channel(texts: list[tuple[str, int, in
 
 @given(st.text(st.characters(exclude_categories=["Cs"])), st.integers(0, 3), st.integers(1, 3))
 def test_a_plain_chunk_is_as_short_as_can_be(text: str, index: int, n: int) -> None:
-    """Choice 0 with one upstream chunk, the usual case, is a bare JSON string; anything else says its index and count."""
+    """Choice 0 with one upstream chunk, the usual case, is a bare JSON string; any other says its index and count."""
     item = json.loads(compact_text(text, index, n))
     assert item == (text if (index, n) == (0, 1) else [index, n, text])
 

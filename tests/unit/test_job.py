@@ -44,7 +44,12 @@ def test_a_prompt_is_one_user_message() -> None:
     assert spec("Hi") == spec(messages=[USER])
 
 
-@given(content=TEXT.filter(str.strip), schema=JSON, temperature=st.floats(0, 2), pairs=st.dictionaries(TEXT, TEXT, max_size=3))
+@given(
+    content=TEXT.filter(str.strip),
+    schema=JSON,
+    temperature=st.floats(0, 2),
+    pairs=st.dictionaries(TEXT, TEXT, max_size=3),
+)
 def test_a_spec_survives_redis(content: str, schema: Any, temperature: float, pairs: dict[str, str]) -> None:
     """What is built, encoded and parsed again is the same spec, and encodes to the same bytes."""
     metadata = {name: text for name, text in pairs.items() if name}
@@ -83,7 +88,7 @@ def test_what_the_api_takes_is_taken(messages: list[dict[str, Any]]) -> None:
 
 
 BAD: dict[str, tuple[Callable[[], object], str]] = {
-    "nothing": (lambda: spec(), "prompt or messages"),
+    "nothing": (spec, "prompt or messages"),
     "both": (lambda: spec("Hi", messages=[USER]), "not both"),
     "empty": (lambda: spec(""), "prompt is empty"),
     "blank": (lambda: spec(" \n"), "prompt is empty"),
@@ -189,7 +194,25 @@ def test_a_hostile_spec_in_redis_is_refused(body: bytes) -> None:
 
 @pytest.mark.parametrize(
     "job_id",
-    ["", "../x", "*", "a:b", "{}", "a\r\nb", "a\n", "x" * 65, "x" * 10_240, "é", "٣", "a b", "a\0b", "{a}", None, 7, b"a"],
+    [
+        "",
+        "../x",
+        "*",
+        "a:b",
+        "{}",
+        "a\r\nb",
+        "a\n",
+        "x" * 65,
+        "x" * 10_240,
+        "é",
+        "٣",
+        "a b",
+        "a\0b",
+        "{a}",
+        None,
+        7,
+        b"a",
+    ],
 )
 def test_an_id_that_could_name_something_else_is_refused(job_id: Any) -> None:
     """1 to 64 of A-Z a-z 0-9 _ - and nothing else, since an id becomes part of key and channel names."""

@@ -149,7 +149,9 @@ def test_an_event_of_an_unknown_type_counts_and_is_not_shown() -> None:
 
 def test_a_full_page_is_not_the_last() -> None:
     """A log of more packs than a page holds is read on; one entry less and it is known to be the end."""
-    entries = [(b"%d-0" % (i + 1), {b"a": b"1", b"t": b"0", b"e": b"[" + compact_text("x") + b"]"}) for i in range(PAGE)]
+    entries = [
+        (b"%d-0" % (i + 1), {b"a": b"1", b"t": b"0", b"e": b"[" + compact_text("x") + b"]"}) for i in range(PAGE)
+    ]
     assert not page(entries, [b"999", b"in_progress"]).last
     assert page(entries[:-1], [b"999", b"in_progress"]).last
 

@@ -1,14 +1,20 @@
-"""Random interleavings of a writer, a channel that loses and doubles, and a consumer: the lists always equal the log."""
+"""Random interleavings of a writer, a channel that loses and doubles, and a consumer: the list is always the log."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable
 
-import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from millstream import Chunk, Completed, Started
 from millstream.events import AnyEvent, Event, Unknown
@@ -144,16 +150,9 @@ class Reader(RuleBasedStateMachine):
         steps["trials"] += 1
 
 
-@pytest.fixture
-def _told(capsys: pytest.CaptureFixture[str]) -> Iterator[None]:
-    steps.clear()
-    yield
-    with capsys.disabled():
-        print(f"\n  reading machine: {dict(steps)}")
-
-
-@pytest.mark.usefixtures("_told")
-def test_whatever_the_channel_does_the_list_is_the_log() -> None:
+def test_whatever_the_channel_does_the_list_is_the_log(say: Callable[[str], None]) -> None:
     """Lost, doubled and late messages, silent reconnects, any cursor: every event once, in order, none missing."""
+    steps.clear()
     run_state_machine_as_test(Reader, settings=settings(max_examples=300, stateful_step_count=40, deadline=None))
+    say(f"reading machine: {dict(steps)}")
     assert steps["trials"] >= 300

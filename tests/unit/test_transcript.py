@@ -52,7 +52,13 @@ def test_text_is_the_pieces_in_order() -> None:
 
 def test_a_new_attempt_voids_the_text_before_it() -> None:
     """In all choices, reasoning and tool calls included."""
-    story = begun().content("old").content("old", index=1).delta(reasoning="old").delta(tool_calls=[{"index": 0, "id": "old"}])
+    story = (
+        begun()
+        .content("old")
+        .content("old", index=1)
+        .delta(reasoning="old")
+        .delta(tool_calls=[{"index": 0, "id": "old"}])
+    )
     story.add(Started, 2, model="m2", reason="worker_lost").content("new", attempt=2)
     read = story.read()
     assert (read.text, read.attempt, read.model) == ("new", 2, "m2")
@@ -83,8 +89,12 @@ def test_tool_calls_are_put_together_by_their_index() -> None:
     """Arguments come in pieces, two calls interleaved; the id and type come once."""
     story = begun()
     story.delta(tool_calls=[{"index": 0, "id": "c0", "type": "function", "function": {"name": "add", "arguments": ""}}])
-    story.delta(tool_calls=[{"index": 1, "id": "c1", "type": "function", "function": {"name": "mul", "arguments": '{"b"'}}])
-    story.delta(tool_calls=[{"index": 0, "function": {"arguments": '{"a":'}}, {"index": 1, "function": {"arguments": ":2}"}}])
+    story.delta(
+        tool_calls=[{"index": 1, "id": "c1", "type": "function", "function": {"name": "mul", "arguments": '{"b"'}}]
+    )
+    story.delta(
+        tool_calls=[{"index": 0, "function": {"arguments": '{"a":'}}, {"index": 1, "function": {"arguments": ":2}"}}]
+    )
     story.delta(tool_calls=[{"index": 0, "id": None, "function": {"name": None, "arguments": "1}"}}])
     assert story.message() == {
         "role": "assistant", "content": None, "refusal": None,
@@ -183,7 +193,13 @@ def test_callbacks_tell_of_a_restart_before_the_new_text() -> None:
 
 def test_a_restart_before_any_text_is_nobodys_business() -> None:
     """Nothing was shown, so nothing is void."""
-    story = begun().add(Started, 2, reason="worker_lost").content("c", attempt=2).add(Started, 3, reason="x").content("d", attempt=3)
+    story = (
+        begun()
+        .add(Started, 2, reason="worker_lost")
+        .content("c", attempt=2)
+        .add(Started, 3, reason="x")
+        .content("d", attempt=3)
+    )
     assert narrated(story) == ["c", (3, "x"), "d"]
 
 
