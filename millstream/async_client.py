@@ -77,24 +77,21 @@ class AsyncClient:
     ) -> Job:
         """Accept a job: once this returns, the job survives kill -9 of every process.
 
-        `asked`: `model`, what a job may ask for (`lane, timeout, max_attempts, expires, retention, on_break,
-        metadata`;
+        `asked`: `model`, what a job may ask for (`lane, timeout, max_attempts, expires, retention, on_break, metadata`;
         times in seconds) and OpenAI parameters. Raises SpecError, JobExists (known id, other spec), RedisUnavailable.
         """
-        asked.setdefault("model", self.settings.model)
-        spec = job.build(prompt, messages=messages, **asked)
+        spec = job.build(prompt, messages=messages, **self._with_model(asked))
         job_id = job.new_id() if id is None else job.check_id(id)
         return Job(id=job_id, created=await self.run(calls.submit(self.keys, self.settings, job_id, spec)))
 
     async def submit_many(self, requests: Iterable[Mapping[str, Any]]) -> Sequence[Job]:
         """Accept many jobs in one round trip; each request holds the arguments of `submit`.
 
-        All are checked before the first is sent. Raises what `submit` raises; a retry with the same ids doubles
-        nothing.
+        All are checked before the first is sent. Raises what `submit` raises; a retry with the same ids doubles none.
         """
         ids, wanted = [], []
         for request in requests:
-            asked = {"model": self.settings.model, **request}
+            asked = self._with_model(request)
             given = asked.pop("id", None)
             ids.append(job.new_id() if given is None else job.check_id(given))
             wanted.append(calls.submit(self.keys, self.settings, ids[-1], job.build(**asked)))
@@ -154,12 +151,13 @@ class AsyncClient:
     ) -> str:
         """Call `on_content(text)` with every piece as it comes, and return the whole final text.
 
-        `on_restart(attempt, reason)` comes before new text when the text so far is void. Raises JobFailed,
-        JobCancelled.
+        `on_restart(attempt, reason)` comes before new text when the text so far is void. With `after`, the text begins
+        above that seq. Raises JobFailed, JobCancelled.
         """
-        narrator = Narrator(on_content, on_restart)
-        async for event in self.follow(job_id, after):
-            narrator.feed(event)
+        narrator = Narrator(on_content, on_restart, shown=after > 0)
+        async with aclosing(self.follow(job_id, after)) as events:  # a callback may raise
+            async for event in events:
+                narrator.feed(event)
         raise_for_end(job_id, narrator.transcript)
         return narrator.transcript.text
 
@@ -216,6 +214,10 @@ class AsyncClient:
                 pipe.evalsha(call.load(header=self._header).sha, len(call.keys), *call.keys, *call.args)
             replies = await pipe.execute()
         return [call.decode(reply) for call, reply in zip(wanted, replies, strict=True)]
+
+    def _with_model(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        named = asked.get("model") is not None
+        return {**asked, "model": asked["model"] if named else self.settings.model}
 
     async def _statuses(self, job_ids: Sequence[str]) -> Sequence[Status]:
         with translated(self._url):

@@ -18,6 +18,8 @@ Every message says what was found, what was expected and what to do.
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class MillstreamError(Exception):
     """Base of every error raised by this package."""
@@ -41,6 +43,17 @@ class JobError(MillstreamError):
     def __init__(self, job_id: str, message: str) -> None:
         super().__init__(message)
         self.job_id = job_id
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As pickle wants it: by default it would call the class with the message alone, and fail."""
+        return _restored, (type(self), self.args, vars(self))
+
+
+def _restored(kind: type[JobError], args: tuple[Any, ...], fields: dict[str, Any]) -> JobError:
+    error = kind.__new__(kind)
+    error.args = args
+    vars(error).update(fields)
+    return error
 
 
 class JobNotFound(JobError):  # noqa: N818

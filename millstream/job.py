@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, NoReturn
 
 import msgspec
@@ -51,6 +51,7 @@ class Spec(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown
     def encode(self) -> bytes:
         """The canonical JSON. Raises SpecError for text no JSON can carry, or a spec over MAX_SPEC_BYTES."""
         try:
+            _refuse_foreign([self.messages, self.params])
             body = _encoder.encode(self)
         except (UnicodeEncodeError, TypeError, ValueError, RecursionError) as error:
             raise SpecError(
@@ -89,9 +90,9 @@ def build(prompt: str | None = None, *, messages: Sequence[Mapping[str, Any]] | 
         if not isinstance(prompt, str) or not prompt.strip():
             raise SpecError("the prompt is empty; say what the model is to complete")
         messages = [{"role": "user", "content": prompt}]
-    if isinstance(messages, str | bytes | Mapping):
+    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Iterable):
         raise SpecError("messages: expected a list of objects such as {'role': 'user', 'content': '...'}")
-    options = {name: asked.pop(name) for name in _OPTIONS if asked.get(name) is not None}
+    options = {"model": "", **{name: asked.pop(name) for name in _OPTIONS if asked.get(name) is not None}}
     params = {name: value for name, value in asked.items() if value is not None and name not in _OPTIONS}
     spec = Spec(
         messages=[dict(m) if isinstance(m, Mapping) else _bad_message(m) for m in messages], params=params, **options
@@ -164,13 +165,31 @@ def _check_metadata(metadata: Any) -> None:
 def _check_range(name: str, value: float | None, low: float, high: float) -> None:
     if value is None:
         return
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not math.isfinite(value)
-        or not low <= value <= high
-    ):
-        raise SpecError(f"{name}: found {value!r}, expected {low:g} to {high:g}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:  # NaN is in no range
+        raise SpecError(f"{name}: found {_shown(value)}, expected {low:g} to {high:g}")
+
+
+def _refuse_foreign(value: Any) -> None:
+    """Raise ValueError for what the encoder would turn into something else: NaN into null, bytes into base64."""
+    if isinstance(value, list | tuple):
+        for each in value:
+            _refuse_foreign(each)
+    elif isinstance(value, dict):
+        for name, each in value.items():
+            if not isinstance(name, str | int):
+                raise TypeError(f"found a name that is {type(name).__name__}")
+            _refuse_foreign(each)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"found {value}")
+    elif value is not None and not isinstance(value, str | int | float):
+        raise TypeError(f"found {type(value).__name__}")
+
+
+def _shown(value: object) -> str:
+    try:
+        return repr(value)[:60]
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        return f"a {type(value).__name__}"
 
 
 def _bad_message(message: object) -> NoReturn:

@@ -8,7 +8,7 @@ SGLang, Ollama, DeepSeek, Mistral and OpenRouter document as top-level fields. W
 from __future__ import annotations
 
 import difflib
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,8 +55,8 @@ def check(params: Mapping[str, Any]) -> None:
         if name in _WHOLE:
             _require(name, value, isinstance(value, int) and not isinstance(value, bool), "a whole number")
         elif name in _NUMBERS:
-            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-            _require(name, value, number, "a number")
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            _require(name, value, number and abs(value) <= sys.float_info.max, "a number")
         elif name in _FLAGS:
             _require(name, value, isinstance(value, bool), "true or false")
         elif name in _TEXTS:

@@ -66,7 +66,7 @@ class Reading:
 
     def __init__(self, job_id: str, after: int = 0) -> None:
         self.job_id = job_id
-        self.cursor = after
+        self.cursor = max(after, 0)
         """The last seq that was taken."""
         self.ended = False
         self.known = False
@@ -138,9 +138,7 @@ class Following:
         return [self._readings[job_id] for job_id, at in self._look_at.items() if at <= now]
 
     def patience(self, longest: float, until: float | None) -> float:
-        """Seconds to listen: until a log is due or `until` (by the clock) has come. Raises ResultTimeout when it
-        has.
-        """
+        """Seconds to listen: until a log is due or `until` (by the clock) comes. Raises ResultTimeout when it has."""
         now = self._clock()
         if until is not None and now >= until:
             raise ResultTimeout(next(iter(self._look_at)), until - self._began)
@@ -159,7 +157,7 @@ class Following:
             return []
         try:
             event = decode(message["data"])
-        except (msgspec.MsgspecError, UnicodeError):
+        except (msgspec.MsgspecError, UnicodeError, RecursionError):
             self.reconnected(job_id)  # anybody may publish; the log is the truth
             return []
         return [(job_id, each) for each in self.heard(job_id, event)]

@@ -13,6 +13,8 @@ import redis.exceptions
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import BusyLoadingError, ReadOnlyError
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 
 from .errors import RedisUnavailable, SettingsError
@@ -23,7 +25,7 @@ RETRIES: Final = 6
 COMMAND_TIMEOUT: Final = 5.0
 """Seconds a command may take. Our longest script call is 256 KB; a server that needs more is in trouble."""
 
-TRANSIENT: Final = (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError, BusyLoadingError, ReadOnlyError)
+TRANSIENT: Final = (RedisConnectionError, RedisTimeoutError, BusyLoadingError, ReadOnlyError)
 """What passes by itself: a restart, a failover, a dropped connection."""
 
 
@@ -104,13 +106,15 @@ def _words(error: redis.exceptions.RedisError, where: str) -> str:
     if isinstance(error, redis.exceptions.AuthenticationError) or "NOAUTH" in text or "WRONGPASS" in text:
         return f"Redis at {where} refused the password; check REDIS_URL (redis://:PASSWORD@host:port/0)"
     if isinstance(error, redis.exceptions.OutOfMemoryError):
-        remedy = "wait for ended jobs to expire, or give it more memory"
-        return f"Redis at {where} is full (maxmemory): nothing was accepted; {remedy}"
+        return (
+            f"Redis at {where} is full (maxmemory): nothing was accepted; "
+            "wait for ended jobs to expire, or give it more memory"
+        )
     if isinstance(error, redis.exceptions.NoPermissionError):
         return f"Redis at {where} does not allow this user what is needed ({text}); check its ACL"
     if isinstance(error, BusyLoadingError):
         return f"Redis at {where} is still loading its data; try again in a moment"
-    if isinstance(error, redis.exceptions.ConnectionError | redis.exceptions.TimeoutError):
+    if isinstance(error, RedisConnectionError | RedisTimeoutError):
         return f"Redis at {where} cannot be reached ({text}); start it (make up starts one) or set REDIS_URL"
     return f"Redis at {where} refused: {text}"
 

@@ -44,7 +44,8 @@ class Result(Struct, frozen=True, kw_only=True):
 
 def outcome(job_id: str, transcript: Transcript) -> Result:
     """The result of a transcript that has its end, whatever the status."""
-    assert transcript.end is not None
+    if transcript.end is None:
+        raise ValueError(f"job {job_id!r} has no terminal event yet: follow it to its end first")
     return Result(
         id=job_id,
         status=transcript.end.type,
@@ -68,11 +69,12 @@ def raise_for_end(job_id: str, transcript: Transcript) -> None:
 class Narrator:
     """Turns events into the two callbacks of `stream`: content as it comes, and a word when what was shown is void."""
 
-    def __init__(self, on_content: OnContent | None, on_restart: OnRestart | None) -> None:
+    def __init__(self, on_content: OnContent | None, on_restart: OnRestart | None, *, shown: bool = False) -> None:
+        """`shown`: the caller goes on from a cursor, so text may have been shown already."""
         self.transcript = Transcript()
         self._on_content = on_content
         self._on_restart = on_restart
-        self._shown = False
+        self._shown = shown
 
     def feed(self, event: AnyEvent) -> None:
         """Take the next event, in order."""

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
+from urllib.parse import urlsplit
 
 from .errors import SettingsError
 from .keys import DEFAULT_PREFIX, Keys
@@ -60,8 +61,11 @@ def _log_format(text: str) -> str:
 
 
 def _redis_url(text: str) -> str:
-    """redis://, rediss:// or unix:// and an address"""
-    if not re.match(r"(rediss?|unix)://.", text):
+    """redis://, rediss:// or unix:// and an address (a password's / # ? @ written as %2F %23 %3F %40)"""
+    parts = urlsplit(text)  # raises for a port that is none, such as the rest of a password with a slash in it
+    if parts.scheme not in ("redis", "rediss", "unix") or not (parts.path if parts.scheme == "unix" else parts.netloc):
+        raise ValueError(text)
+    if parts.port == 0:
         raise ValueError(text)
     return text
 

@@ -80,8 +80,15 @@ def from_replies(job_ids: Sequence[str], replies: Sequence[Any]) -> list[Status]
     found = []
     for job_id, fields, spec in zip(job_ids, replies[::2], replies[1::2], strict=True):
         if fields:
-            found.append(from_hash(job_id, fields, _metadata.decode(spec).metadata if spec else None))
+            found.append(from_hash(job_id, fields, _metadata_in(spec) if spec else None))
     return found
+
+
+def _metadata_in(spec: bytes) -> dict[str, str]:
+    try:
+        return _metadata.decode(spec).metadata
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):  # one malformed spec must not hide the other jobs
+        return {}
 
 
 class _Metadata(Struct):

@@ -25,6 +25,7 @@ from typing import Any
 import msgspec
 
 from . import calls
+from .async_client import AsyncClient
 from .calls import Ending, Frame
 from .client import Client
 from .errors import MillstreamError
@@ -46,12 +47,23 @@ class ManualClock:
         self.now += seconds
 
 
-def fake_client(settings: Settings | None = None, **options: Any) -> Client:
-    """A client on an in-process fake of Redis. Each has its own data. Needs `fakeredis[lua]`."""
+def fake_client(settings: Settings | None = None, *, server: Any = None, **options: Any) -> Client:
+    """A client on an in-process fake of Redis. Needs `fakeredis[lua]`.
+
+    Each has its own data, unless they share a `server`: a `fakeredis.FakeServer(version=(7,))`.
+    """
+    import fakeredis  # wanted by those who test, not by those who run
+
+    connection = fakeredis.FakeRedis(server=server or fakeredis.FakeServer(version=(7,)))
+    return Client(settings=settings, connection=connection, script_header=False, **options)
+
+
+def fake_async_client(settings: Settings | None = None, *, server: Any = None, **options: Any) -> AsyncClient:
+    """As `fake_client`, for asyncio."""
     import fakeredis
 
-    connection = fakeredis.FakeRedis(version=(7,))
-    return Client(settings=settings, connection=connection, script_header=False, **options)
+    connection = fakeredis.FakeAsyncRedis(server=server or fakeredis.FakeServer(version=(7,)))
+    return AsyncClient(settings=settings, connection=connection, script_header=False, **options)
 
 
 @dataclass(slots=True)

@@ -17,18 +17,21 @@ class _Choice:
         for name in ("content", "reasoning", "refusal"):
             if isinstance(text := delta.get(name), str):
                 self.texts.setdefault(name, []).append(text)
-        for position, call in enumerate(delta.get("tool_calls") or ()):
-            self._add_call(call, position)
+        calls = delta.get("tool_calls")
+        for position, call in enumerate(calls if isinstance(calls, list) else ()):
+            if isinstance(call, dict):  # the log holds what an upstream sent, right or wrong
+                self._add_call(call, position)
 
     def _add_call(self, call: dict[str, Any], position: int) -> None:
-        whole = self.tool_calls.setdefault(call.get("index", position), {})
-        for name, value in call.items():
-            if name == "function" and isinstance(value, dict):
-                function = whole.setdefault("function", {"name": "", "arguments": ""})
-                function["name"] += value.get("name") or ""
-                function["arguments"] += value.get("arguments") or ""
-            elif name != "index" and value is not None:
-                whole[name] = value
+        index = call.get("index")
+        whole = self.tool_calls.setdefault(index if isinstance(index, int) else position, {})
+        function = call.get("function")
+        if isinstance(function, dict):
+            parts = whole.setdefault("function", {"name": "", "arguments": ""})
+            for name in ("name", "arguments"):
+                parts[name] += piece if isinstance(piece := function.get(name), str) else ""
+        rest = {name: value for name, value in call.items() if name not in ("index", "function")}
+        whole.update({name: value for name, value in rest.items() if value is not None})
 
     def text(self, name: str = "content") -> str:
         return "".join(self.texts.get(name, ()))

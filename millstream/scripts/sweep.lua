@@ -41,7 +41,11 @@ local function look(id, state, log, spec)
   if s[4] then
     local left = tonumber(s[4]) - now
     redis.call('ZADD', KEYS[1], now + (left > 0 and left or patience), id)
-    return left <= 0 and {id, s[2], 'due'} or nil
+    if left > 0 then
+      return nil
+    end
+    redis.call('HDEL', state, 'not_before', 'wait') -- from here on it waits in its lane, like any other
+    return {id, s[2], 'due'}
   end
   redis.call('ZADD', KEYS[1], now + patience, id)
   local waiting = oldest[s[2]]

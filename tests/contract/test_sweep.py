@@ -1,0 +1,145 @@
+"""sweep: the jobs that are due and that nobody works on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from millstream import Client, Failed
+from millstream.calls import sweep
+from tests.contract.conftest import COMPLETED, DONE, LEASE, Hands
+from tests.oracle import check_log
+
+PATIENCE_MS = 4 * LEASE * 1000
+
+
+def looked_at_in(client: Client, hands: Hands, job_id: str = "j") -> float:
+    """Milliseconds until the sweep looks at the job again."""
+    score = client.redis.zscore(client.keys.open, job_id)
+    assert score is not None
+    return float(score) - hands.now_ms()
+
+
+def test_a_lost_lease_is_found_at_once(client: Client, hands: Hands) -> None:
+    """A dead worker's job is to be delivered again; if that delivery is lost too, the next lease finds it."""
+    client.submit("Hi", id="j", lane="batch")
+    hands.begin("j", lease=0.001)
+    hands.let_lapse("j")
+    assert hands.sweep("j") == [("j", "batch", "lost")]
+    assert LEASE * 1000 - 1000 < looked_at_in(client, hands) <= LEASE * 1000
+    assert hands.sweep("j") == [], "it was taken"
+    hands.make_due("j")
+    assert hands.sweep("j") == [("j", "batch", "lost")]
+    assert hands.state("j")["status"] == "in_progress", "a sweep only finds: the claim decides"
+
+
+def test_a_living_lease_is_left_alone(client: Client, hands: Hands) -> None:
+    """A job that was due by a score of old is looked at when its lease ends."""
+    client.submit("Hi", id="j")
+    hands.begin("j")
+    hands.make_due("j")
+    assert hands.sweep("j") == []
+    assert client.redis.zscore(client.keys.open, "j") == int(hands.state("j")["lease"])
+
+
+def test_a_job_that_is_not_due_is_left_alone(client: Client, hands: Hands) -> None:
+    """A candidate list may be old: what another sweep took meanwhile is skipped."""
+    client.submit("Hi", id="j")
+    score = client.redis.zscore(client.keys.open, "j")
+    assert hands.sweep("j") == []
+    assert client.redis.zscore(client.keys.open, "j") == score
+
+
+@pytest.mark.parametrize("oldest", [None, 1, -1])
+def test_a_queued_job_has_vanished_only_if_nothing_older_waits(
+    client: Client, hands: Hands, oldest: int | None
+) -> None:
+    """A backlog is no loss: `oldest` is when the lane's oldest delivery was submitted, beside the job's time."""
+    client.submit("Hi", id="j")
+    created = int(hands.state("j")["created"])
+    hands.make_due("j")
+    found = hands.sweep("j", oldest={"interactive": None if oldest is None else created + oldest, "batch": 0})
+    assert found == ([] if oldest == -1 else [("j", "interactive", "vanished")])
+    assert PATIENCE_MS - 1000 < looked_at_in(client, hands) <= PATIENCE_MS
+
+
+def test_its_own_delivery_waiting_is_no_loss(client: Client, hands: Hands) -> None:
+    """The oldest delivery may be the job's own."""
+    client.submit("Hi", id="j")
+    hands.make_due("j")
+    assert hands.sweep("j", oldest={"interactive": int(hands.state("j")["created"])}) == []
+
+
+def test_a_job_whose_wait_is_over_is_delivered_once(client: Client, hands: Hands) -> None:
+    """From then on it waits in its lane like any other: a backlog there is no reason to deliver it again."""
+    client.submit("Hi", id="j")
+    hands.claim("j")
+    hands.release("j", delay=0.05, waits_for='{"limit":"rpm"}')
+    hands.make_due("j")
+    assert hands.sweep("j") == []
+    assert looked_at_in(client, hands) <= 50
+    hands.let_lapse("j", "not_before")
+    assert hands.sweep("j") == [("j", "interactive", "due")]
+    assert client.status("j").wait is None
+    hands.make_due("j")
+    assert hands.sweep("j", oldest={"interactive": 1}) == [], "the lane holds something older"
+    hands.make_due("j")
+    assert hands.sweep("j") == [("j", "interactive", "vanished")]
+    assert hands.claim("j", "t2").outcome == "claimed"
+
+
+def test_a_job_that_was_not_started_by_its_expiry_ends(client: Client, hands: Hands) -> None:
+    """Even if no worker ever comes; it is not delivered."""
+    client.submit("Hi", id="j", expires=0.05)
+    hands.let_lapse("j", "expires")
+    hands.make_due("j")
+    assert hands.sweep("j") == []
+    (end,) = check_log(client, "j")
+    assert isinstance(end, Failed)
+    assert end.error["code"] == "expired"
+    assert client.status("j").error == end.error
+
+
+def test_a_job_that_expires_later_is_still_delivered(client: Client, hands: Hands) -> None:
+    """`expires` ahead is no reason to end it."""
+    client.submit("Hi", id="j", expires=100)
+    hands.make_due("j")
+    assert hands.sweep("j") == [("j", "interactive", "vanished")]
+
+
+def test_leftovers_leave_the_list_of_open_jobs(client: Client, hands: Hands) -> None:
+    """An id whose job has ended, or has no state at all (a server that lost half), is dropped."""
+    client.submit("Hi", id="j")
+    hands.begin("j")
+    hands.append("j", 2, DONE, ending=COMPLETED)
+    hands.make_due("j", "ghost")
+    assert hands.sweep("j", "ghost") == []
+    assert client.redis.zcard(client.keys.open) == 0
+
+
+def test_a_broken_job_keeps_no_sweep_from_the_others(client: Client, hands: Hands) -> None:
+    """It is looked at again later, not in every sweep."""
+    client.redis.set(client.keys.state("bad"), "no hash")
+    client.submit("Hi", id="j")
+    hands.make_due("bad", "j")
+    assert hands.sweep("bad", "j") == [("j", "interactive", "vanished")]
+    assert PATIENCE_MS - 1000 < looked_at_in(client, hands, "bad") <= PATIENCE_MS
+
+
+def test_several_sweeps_at_once_take_different_jobs(client: Client, hands: Hands, say: Callable[[str], None]) -> None:
+    """Each due job is delivered by exactly one of them."""
+    rounds, jobs, sweepers = 5, 30, 4
+    ids = [job.id for job in client.submit_many([{"prompt": "Hi"} for _ in range(jobs)])]
+
+    def sweep_one_by_one() -> list[tuple[str, ...]]:
+        return [row for job_id in ids for row in client.run(sweep(client.keys, LEASE, [job_id], {}))]
+
+    for _ in range(rounds):
+        hands.make_due(*ids)
+        with ThreadPoolExecutor(sweepers) as pool:
+            found = list(pool.map(lambda _: sweep_one_by_one(), range(sweepers)))
+        taken = sorted(job_id for each in found for job_id, _, _ in each)
+        assert taken == sorted(ids)
+    say(f"sweeps at once: {rounds} rounds of {sweepers} over {jobs} jobs")
