@@ -97,6 +97,10 @@ class Stub:
         """Ends every running stream as a model would."""
         self._get("/finish")
 
+    def close(self) -> None:
+        """Gives up the connection its words go over; whoever started the process ends it."""
+        self._http.close()
+
     def environment(self) -> dict[str, str]:
         """What a process needs to reach this upstream with the openai package."""
         trust = {"SSL_CERT_FILE": str(self.ca)} if self.ca else {}

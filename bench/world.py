@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +44,7 @@ def world(*, tls: bool = False) -> Iterator[World]:
     with tempfile.TemporaryDirectory(prefix="millstream-bench-") as folder, Processes(Path(folder)) as processes:
         try:
             valkey, stub = Valkey(processes, helper_core), Stub(processes, helper_core, tls=tls)
-            yield World(processes, valkey, stub, core, helper_core)
+            with closing(stub):
+                yield World(processes, valkey, stub, core, helper_core)
         finally:
             os.sched_setaffinity(0, before)

@@ -252,9 +252,8 @@ class AsyncClient:
                         for each in batch:
                             yield each
             except RedisUnavailable:
-                if self._clock() - answered > OUTAGE:
+                if self._clock() - answered > OUTAGE or (until is not None and self._clock() >= until):
                     raise
-                following.patience(RECONNECT, until)  # a caller's timeout runs on in an outage
                 await asyncio.sleep(RECONNECT)
 
     async def _next(self, pubsub: PubSub, following: Following, until: float | None) -> Sequence[tuple[str, Event]]:

@@ -241,9 +241,8 @@ class Client:
                         answered = self._clock()
                         yield from batch
             except RedisUnavailable:
-                if self._clock() - answered > OUTAGE:
+                if self._clock() - answered > OUTAGE or (until is not None and self._clock() >= until):
                     raise
-                following.patience(RECONNECT, until)  # a caller's timeout runs on in an outage
                 time.sleep(RECONNECT)
 
     def _next(self, pubsub: PubSub, following: Following, until: float | None) -> Sequence[tuple[str, Event]]:

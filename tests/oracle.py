@@ -41,7 +41,7 @@ def check_log(client: Any, job_id: str) -> list[AnyEvent]:
     assert int(state["seq"]) == len(log), f"{job_id}: the state counts {state['seq']} events, the log {len(log)}"
     assert int(state["attempt"]) == log[-1].attempt, f"{job_id}: the state has attempt {state['attempt']}: {log[-1]}"
     assert int(state["ended"]) == round(log[-1].at * 1000), f"{job_id}: ended at {state['ended']}, {log[-1]}"
-    held = {"lease", "not_before", "wait"} & set(state)
+    held = {"holder", "lease", "not_before", "wait"} & set(state)
     assert not held, f"{job_id}: ended, and still has {held}"
     assert redis.zscore(keys.open, job_id) is None, f"{job_id}: ended, and still open"
     _check_retention(redis, keys, job_id, int(state["retention"]))

@@ -50,6 +50,7 @@ class Intake:
         self._begin = begin
         self._free = slots
         self._freed = asyncio.Event()
+        self._away = False
         self._peeks: dict[str, asyncio.Task[bool]] = {}
 
     def free(self) -> None:
@@ -67,6 +68,7 @@ class Intake:
                     continue
                 try:
                     taken = await self._client.run(self._worker.take(min(self._free, BATCH)))
+                    self._away = False
                     if taken:
                         await self._turn_in(taken)
                     elif burst:
@@ -74,7 +76,9 @@ class Intake:
                     else:
                         await self._wait(suspended=taken is None)
                 except RedisUnavailable as error:
-                    log.warning("intake.redis_away", reason=str(error))
+                    if not self._away:
+                        log.warning("intake.redis_away", reason=str(error))
+                    self._away = True
                     await asyncio.sleep(AWAY)
         finally:
             for peek in self._peeks.values():

@@ -13,9 +13,8 @@ local function end_job(job, open, ended, repack, now, seq, attempt, status, body
   redis.call('XADD', log, seq .. '-0', 'a', attempt, 't', now, 'e', '[' .. body .. ']')
   redis.call('PUBLISH', string.sub(log, 1, -4) .. 'chunks', '{"v":1,"seq":' .. seq .. ',"attempt":' .. attempt
     .. ',"at":' .. string.format('%.3f', now / 1000) .. ',' .. string.sub(body, 2))
-  redis.call('HSET', state, 'status', status, 'seq', seq, 'ended', now, 'writer', writer,
-    'holder', '', 'lease', 0)
-  redis.call('HDEL', state, 'not_before', 'wait')
+  redis.call('HSET', state, 'status', status, 'seq', seq, 'ended', now, 'writer', writer)
+  redis.call('HDEL', state, 'holder', 'lease', 'not_before', 'wait')
   local retention = tonumber(redis.call('HGET', state, 'retention'))
   redis.call('PEXPIRE', spec, retention)
   redis.call('PEXPIRE', state, retention)
@@ -23,6 +22,9 @@ local function end_job(job, open, ended, repack, now, seq, attempt, status, body
   redis.call('ZREM', open, id)
   if redis.call('XLEN', log) > 8 then -- fewer packs fill one node of the stream either way
     redis.call('ZADD', repack, now, id)
+    if redis.call('PTTL', repack) < retention then
+      redis.call('PEXPIRE', repack, retention) -- by then the logs themselves are gone
+    end
   end
   -- 100,000 entries of about 60 bytes: the feed of an hour at 28 jobs/s in 6 MB.
   redis.call('XADD', ended, 'MAXLEN', '~', 100000, '*', 'id', id, 'status', status)

@@ -24,7 +24,7 @@ if s[1] ~= 'in_progress' or s[2] ~= ARGV[2] then
 end
 local now = server_ms()
 redis.call('HSET', KEYS[1], 'status', 'queued', 'holder', '', 'reason', 'released')
-redis.call('HSET', KEYS[1], 'lease', 0)
+redis.call('HDEL', KEYS[1], 'lease')
 if tonumber(ARGV[3]) > 0 then
   redis.call('HSET', KEYS[1], 'not_before', now + ARGV[3], 'wait', ARGV[5])
 end

@@ -21,8 +21,7 @@ end
 local t = redis.call('TIME')
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
 redis.call('SET', KEYS[1], ARGV[1])
--- What append reads comes first: a small hash is searched from its beginning.
-redis.call('HSET', KEYS[2], 'holder', '', 'seq', 0, 'lease', 0, 'status', 'queued', 'attempt', 0, 'broken', 0,
+redis.call('HSET', KEYS[2], 'seq', 0, 'status', 'queued', 'attempt', 0, 'broken', 0,
   'lane', ARGV[3], 'model', ARGV[4], 'created', now, 'retention', ARGV[5], 'max_attempts', ARGV[6])
 if ARGV[7] ~= '' then
   redis.call('HSET', KEYS[2], 'expires', now + ARGV[7])

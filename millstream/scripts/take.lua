@@ -4,6 +4,7 @@
 -- ARGV  1 how many at most
 -- Returns {'suspended'}, or {'taken', queue number (1, 2, ...), RQ job id, queue number, RQ job id, ...}
 -- Nothing is ever outside a list: RQ's own multi-queue worker pops with BLPOP and loses what it holds when it dies.
+-- A full server refuses it: what waits goes on waiting, what runs can end.
 -- A lost reply leaves deliveries in the intermediate lists; the sweep brings their jobs back.
 
 if redis.call('EXISTS', KEYS[1]) == 1 then

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from millstream import Client
-from millstream.calls import Call, Claim, Ending, Frame, T, append, claim, release, sweep
+from millstream.calls import Call, Claim, Ending, Frame, T, append, claim, holder, release, sweep
 from millstream.events import compact, compact_text
 
 STARTED = compact("started", worker="w", model="m", upstream="u")
@@ -38,15 +38,15 @@ class Hands:
         usage: bytes = b"", ending: Ending | None = None,
     ) -> tuple[str, int]:  # fmt: skip
         """The code and last seq of an append for one job."""
-        frame = Frame(job_id, token, attempt, first, events, usage, ending)
+        frame = Frame(job_id, self.client.keys.written(job_id), holder(token, attempt), first, events, usage, ending)
         return self.append_many([frame], lease=lease)[0]
 
     def append_many(self, frames: Sequence[Frame], *, lease: float = LEASE) -> list[tuple[str, int]]:
         replies = self.send(append(self.client.keys, lease, frames))
         return [(code, seq) for code, seq, _ in replies]
 
-    def release(self, job_id: str, token: str = "t1", **options: Any) -> str:
-        return self.send(release(self.client.keys, job_id, token, lease=LEASE, **options))
+    def release(self, job_id: str, token: str = "t1", attempt: int = 1, **options: Any) -> str:
+        return self.send(release(self.client.keys, job_id, holder(token, attempt), lease=LEASE, **options))
 
     def sweep(self, *job_ids: str, oldest: Mapping[str, int | None] | None = None, lease: float = LEASE) -> list[Any]:
         lanes = {"interactive": None, "batch": None} if oldest is None else oldest

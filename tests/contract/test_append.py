@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from millstream import Chunk, Client, Completed
-from millstream.calls import Ending, Frame, append
+from millstream.calls import Ending, Frame, append, holder
 from millstream.events import compact, compact_text
 from tests.contract.conftest import COMPLETED, DONE, STARTED, Hands
 from tests.oracle import check_log, read_log
@@ -207,13 +207,13 @@ def test_one_call_carries_many_jobs(client: Client, sent: Hands) -> None:
     for i, job_id in enumerate(ids):
         sent.claim(job_id, f"t{i}")
     frames = [
-        Frame("j0", "t0", 1, 1, [STARTED, b'"a"']),
-        Frame("j1", "t1", 1, 1),
-        Frame("j2", "stale", 1, 1, [STARTED]),
-        Frame("nobody", "t", 1, 1, [STARTED]),
-        Frame("j3", "t3", 1, 2, [STARTED]),
-        Frame("j4", "t4", 1, 1, [DONE], b"", COMPLETED),
-        Frame("j5", "t5", 1, 1, [STARTED, b'"z"']),
+        Frame("j0", client.keys.written("j0"), holder("t0", 1), 1, [STARTED, b'"a"']),
+        Frame("j1", client.keys.written("j1"), holder("t1", 1), 1),
+        Frame("j2", client.keys.written("j2"), holder("stale", 1), 1, [STARTED]),
+        Frame("nobody", client.keys.written("nobody"), holder("t", 1), 1, [STARTED]),
+        Frame("j3", client.keys.written("j3"), holder("t3", 1), 2, [STARTED]),
+        Frame("j4", client.keys.written("j4"), holder("t4", 1), 1, [DONE], b"", COMPLETED),
+        Frame("j5", client.keys.written("j5"), holder("t5", 1), 1, [STARTED, b'"z"']),
     ]
     replies = sent.append_many(frames)
     again = "duplicate" if sent.twice else "ok"
@@ -231,7 +231,10 @@ def test_a_broken_key_fails_its_own_job_alone(client: Client, hands: Hands, brok
     key = getattr(client.keys, broken)("j1")
     client.redis.delete(key)
     client.redis.set(key, "not what it should be")
-    frames = [Frame(job_id, "t1", 1, 1, [STARTED, b'"a"']) for job_id in ("j0", "j1", "j2")]
+    frames = [
+        Frame(job_id, client.keys.written(job_id), holder("t1", 1), 1, [STARTED, b'"a"'])
+        for job_id in ("j0", "j1", "j2")
+    ]
     replies = client.run(append(client.keys, 15.0, frames))
     assert [(code, seq) for code, seq, _ in replies] == [("ok", 2), ("error", 0), ("ok", 2)]
     assert "WRONGTYPE" in replies[1][2]

@@ -15,7 +15,7 @@ def test_a_queued_job_becomes_attempt_1(client: Client, sent: Hands) -> None:
     client.submit("Hi", id="j")
     assert sent.claim("j") == Claim("claimed", 1, 0, None, 0, 3)
     state = sent.state("j")
-    assert (state["status"], state["attempt"], state["token"]) == ("in_progress", "1", "t1")
+    assert (state["status"], state["attempt"], state["holder"]) == ("in_progress", "1", "t1:1")
     assert 14_000 < int(state["lease"]) - sent.now_ms() <= 15_000
     assert client.redis.zscore(client.keys.open, "j") == int(state["lease"])
     assert int(state["started"]) <= sent.now_ms()
@@ -106,7 +106,7 @@ def test_deploys_and_waiting_cost_no_attempt(client: Client, sent: Hands) -> Non
         claim = sent.claim("j", f"t{attempt}")
         assert (claim.attempt, claim.broken) == (attempt, 0)
         assert claim.reason == (None if attempt == 1 else "released")
-        assert sent.release("j", f"t{attempt}") == "released"
+        assert sent.release("j", f"t{attempt}", attempt) == "released"
 
 
 def test_a_job_that_waits_for_its_time_is_busy(client: Client, sent: Hands) -> None:

@@ -74,7 +74,7 @@ def test_a_released_job_is_queued_without_a_holder(client: Client, sent: Hands) 
     sent.begin("j", "a")
     assert sent.release("j") == "released"
     state = sent.state("j")
-    assert (state["status"], state["token"], state["broken"], state["seq"]) == ("queued", "", "0", "2")
+    assert (state["status"], state["holder"], state["broken"], state["seq"]) == ("queued", "", "0", "2")
     assert not {"lease", "not_before", "wait"} & set(state)
     assert 59_000 < (client.redis.zscore(client.keys.open, "j") or 0) - sent.now_ms() <= 60_000
 

@@ -8,6 +8,7 @@ import socket
 import statistics
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,28 @@ pytestmark = pytest.mark.skipif(not shutil.which("cc"), reason="the stub is a C 
 def stub(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stub]:
     with Processes(tmp_path_factory.mktemp("stub")) as processes:
         try:
-            yield Stub(processes, 0, tls=request.param == "tls")
+            with closing(Stub(processes, 0, tls=request.param == "tls")) as running:
+                yield running
         except BenchError as error:
             if request.param == "tls" and "OpenSSL" in str(error):
                 pytest.skip("no OpenSSL headers to build the TLS stub with")
             raise
 
 
+_opened: list[http.client.HTTPConnection] = []
+
+
+@pytest.fixture(autouse=True)
+def _connections_end_with_the_test() -> Iterator[None]:
+    yield
+    while _opened:
+        _opened.pop().close()
+
+
 def ask(stub: Stub, model: str) -> http.client.HTTPResponse:
     """Opens a stream of this shape."""
     connection = stub.connect()
+    _opened.append(connection)
     connection.request("POST", "/v1/chat/completions", json.dumps({"model": model, "messages": [], "stream": True}))
     return connection.getresponse()
 
@@ -121,6 +134,7 @@ def test_a_lingering_stream_stays_open_until_the_end_is_asked_for(stub: Stub) ->
 def test_a_connection_serves_one_stream_after_another(stub: Stub) -> None:
     """Keep-alive: what the answer's end leaves is ready for the next request."""
     connection = stub.connect()
+    _opened.append(connection)
     for chunks in (1, 700, 0):
         connection.request("POST", "/v1/chat/completions", json.dumps({"model": f"stub:rate=0,chunks={chunks}"}))
         assert len(events(connection.getresponse())) == chunks + 4
@@ -148,6 +162,7 @@ def test_a_reader_that_leaves_is_forgotten(stub: Stub) -> None:
     """A stream without a reader costs nothing and is counted as aborted."""
     before = stub.stats()
     connection = stub.connect()
+    _opened.append(connection)
     connection.request("POST", "/v1/chat/completions", json.dumps({"model": "stub:rate=1000,chunks=100000"}))
     response = connection.getresponse()
     response.close()

@@ -21,10 +21,10 @@ def test_the_name_the_server_knows_is_the_hash_of_the_text(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_only_submit_is_refused_by_a_full_server(name: str) -> None:
-    """What can only help a full server may run there; accepting a job may not."""
+def test_only_what_adds_load_is_refused_by_a_full_server(name: str) -> None:
+    """What can only help a full server may run there; accepting a job or starting one may not."""
     first = load(name).text.splitlines()[0]
-    assert first == ("#!lua" if name == "submit" else "#!lua flags=allow-oom")
+    assert first == ("#!lua" if name in ("submit", "take") else "#!lua flags=allow-oom")
 
 
 @pytest.mark.parametrize("name", NAMES)
