@@ -274,6 +274,35 @@ def test_a_server_that_lost_its_data_shows_no_mixture(own_server: Valkey, kind: 
         client.redis.flushall()
 
 
+def test_a_log_that_was_written_anew_shows_no_mixture(own_server: Valkey, kind: str) -> None:
+    """It is longer than what was read, but a newer attempt wrote the event that was read last."""
+    settings = Settings(redis_url=own_server.url)
+    with Client(settings=settings) as client:
+        channel = ScriptedChannel(client)
+        names = (client.keys.log("j"), client.keys.state("j"))
+        client.submit("Hi", id="j")
+        channel.start("j")
+        channel.chunk("j", "a")
+        before = {name: client.redis.dump(name) for name in names}
+        channel.restart("j")
+        channel.chunk("j", "z")
+        anew = {name: client.redis.dump(name) for name in names}
+        for name, dump in before.items():
+            client.redis.restore(name, 0, dump, replace=True)
+        channel = ScriptedChannel(client)
+        channel.start("j")  # the same token: goes on as attempt 1
+        consumer = Consumer(
+            lambda: Client(settings=settings) if kind == "sync" else AsyncClient(settings=settings), ["j"]
+        )
+        consumer.wait_for(3)
+        for name, dump in anew.items():
+            client.redis.restore(name, 0, dump, replace=True)
+        client.redis.client_kill_filter(_type="pubsub")
+        with pytest.raises(LogRewound, match="event 3 was seen, the log ends at 4 or was written anew"):
+            consumer.join()
+        client.redis.flushall()
+
+
 def test_a_result_keeps_its_time_while_the_server_is_away(
     own_server: Valkey, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -347,9 +376,10 @@ def test_what_happens_before_the_subscription_is_not_missed(
     def make() -> Client | AsyncClient:
         options: dict[str, Any] = {"clock": ManualClock()}  # silence never comes
         if backend == "fake":
-            fake: Callable[..., Client | AsyncClient] = fake_client if kind == "sync" else fake_async_client
-            return fake(settings, server=fake_server, **options)
-        return (Client if kind == "sync" else AsyncClient)(settings=settings, **options)
+            if kind == "sync":
+                return fake_client(settings, server=fake_server, **options)
+            return fake_async_client(settings, server=fake_server, **options)
+        return Client(settings=settings, **options) if kind == "sync" else AsyncClient(settings=settings, **options)
 
     monkeypatch.setattr(Client if kind == "sync" else AsyncClient, "_subscribed", too_late)
     seen = Consumer(make, ["j"]).join()["j"]
