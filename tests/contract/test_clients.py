@@ -365,7 +365,7 @@ def test_what_happens_before_the_subscription_is_not_missed(
     client.submit("Hi", id="j")
     channel.start("j")
     made: list[Client | AsyncClient] = []
-    subscribe = {"sync": Client._subscribed, "async": AsyncClient._subscribed}[kind]
+    subscribe: Any = {"sync": Client._subscribed, "async": AsyncClient._subscribed}[kind]
 
     def too_late(self: Any, job_ids: Any) -> Any:
         made.append(self)
