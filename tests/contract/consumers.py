@@ -41,7 +41,7 @@ class Consumer:
         self.error: BaseException | None = None
         self._make, self._ids, self._after, self._on_event = make, job_ids, after, on_event
         self._stop = False
-        self._thread = threading.Thread(target=self._run, name=f"consumer of {job_ids[0]}")
+        self._thread = threading.Thread(target=self._run, name=f"consumer of {job_ids[0]}", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:

@@ -25,7 +25,7 @@ from millstream import (
     Settings,
 )
 from millstream import client as client_module
-from millstream.testing import ScriptedChannel, fake_async_client
+from millstream.testing import ManualClock, ScriptedChannel, fake_async_client, fake_client
 from tests.contract.consumers import Consumer, wait_until
 from tests.oracle import check_consumers, check_keys, check_log
 from tests.valkey import Valkey
@@ -274,6 +274,35 @@ def test_a_server_that_lost_its_data_shows_no_mixture(own_server: Valkey, kind: 
         client.redis.flushall()
 
 
+def test_a_log_that_was_written_anew_shows_no_mixture(own_server: Valkey, kind: str) -> None:
+    """It is longer than what was read, but a newer attempt wrote the event that was read last."""
+    settings = Settings(redis_url=own_server.url)
+    with Client(settings=settings) as client:
+        channel = ScriptedChannel(client)
+        names = (client.keys.log("j"), client.keys.state("j"))
+        client.submit("Hi", id="j")
+        channel.start("j")
+        channel.chunk("j", "a")
+        before = {name: client.redis.dump(name) for name in names}
+        channel.restart("j")
+        channel.chunk("j", "z")
+        anew = {name: client.redis.dump(name) for name in names}
+        for name, dump in before.items():
+            client.redis.restore(name, 0, dump, replace=True)
+        channel = ScriptedChannel(client)
+        channel.start("j")  # the same token: goes on as attempt 1
+        consumer = Consumer(
+            lambda: Client(settings=settings) if kind == "sync" else AsyncClient(settings=settings), ["j"]
+        )
+        consumer.wait_for(3)
+        for name, dump in anew.items():
+            client.redis.restore(name, 0, dump, replace=True)
+        client.redis.client_kill_filter(_type="pubsub")
+        with pytest.raises(LogRewound, match="event 3 was seen, the log ends at 4 or was written anew"):
+            consumer.join()
+        client.redis.flushall()
+
+
 def test_a_result_keeps_its_time_while_the_server_is_away(
     own_server: Valkey, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,7 +328,7 @@ def test_a_result_keeps_its_time_while_the_server_is_away(
         except RedisUnavailable as error:
             caught.append(error)
 
-    waiter = threading.Thread(target=wait_for_it)
+    waiter = threading.Thread(target=wait_for_it, daemon=True)
     waiter.start()
     with Client(settings=settings) as client:
         wait_until(lambda: client.redis.pubsub_numsub(client.keys.chunks("j"))[0][1] == 1, "the subscription")
@@ -326,3 +355,33 @@ def test_an_outage_that_lasts_is_said(own_server: Valkey, kind: str, monkeypatch
         own_server.kill()
         with pytest.raises(RedisUnavailable, match="make up starts one"):
             consumer.join()
+
+
+def test_what_happens_before_the_subscription_is_not_missed(
+    kind: str, client: Client, channel: ScriptedChannel, settings: Settings, backend: str,
+    fake_server: fakeredis.FakeServer, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The job ends between the first look at its log and the subscription, so no message will ever tell of it."""
+    client.submit("Hi", id="j")
+    channel.start("j")
+    made: list[Client | AsyncClient] = []
+    subscribe: Any = {"sync": Client._subscribed, "async": AsyncClient._subscribed}[kind]
+
+    def too_late(self: Any, job_ids: Any) -> Any:
+        made.append(self)
+        channel.chunk("j", "meanwhile")
+        channel.complete("j")
+        return subscribe(self, job_ids)
+
+    def make() -> Client | AsyncClient:
+        options: dict[str, Any] = {"clock": ManualClock()}  # silence never comes
+        if backend == "fake":
+            if kind == "sync":
+                return fake_client(settings, server=fake_server, **options)
+            return fake_async_client(settings, server=fake_server, **options)
+        return Client(settings=settings, **options) if kind == "sync" else AsyncClient(settings=settings, **options)
+
+    monkeypatch.setattr(Client if kind == "sync" else AsyncClient, "_subscribed", too_late)
+    seen = Consumer(make, ["j"]).join()["j"]
+    assert len(made) == 1
+    check_consumers([seen], check_log(client, "j"))
