@@ -66,15 +66,20 @@ def test_four_answers_are_written_at_once(server: Model) -> None:
         assert list(each)[-1] == "[DONE]"
 
 
-def test_the_model_comes_back_at_its_address(server: Model) -> None:
+def test_the_model_comes_back_at_its_address(tmp_path: Path) -> None:
     """A killed model that is started again is found where it was."""
-    url = server.url
-    assert server._child is not None
-    server._child.kill()
-    server._child.wait()
-    assert not server.alive
-    server.start()
-    assert (server.url, server.alive) == (url, True)
+    part = Model(tmp_path / "model.log")
+    part.start()
+    try:
+        url = part.url
+        assert part._child is not None
+        part._child.kill()
+        part._child.wait()
+        assert not part.alive
+        part.start()
+        assert (part.url, part.alive) == (url, True)
+    finally:
+        part.stop()
 
 
 def test_sigterm_in_mid_stream_ends_it_in_order(tmp_path: Path) -> None:
