@@ -81,7 +81,8 @@ def test_the_wire_spells_the_names_as_the_code_does() -> None:
     """keys.py is the one place where they are spelled; the page copies it."""
     keys = Keys()
     shown = {name for row in _rows(_section(_page("wire.md"), "Names")) for name in _codes(row[0])}
-    ours = {keys.spec("JOB"), keys.state("JOB"), keys.log("JOB"), keys.chunks("JOB"), keys.open, keys.ended}
+    ours = {keys.spec("JOB"), keys.state("JOB"), keys.log("JOB"), keys.building("JOB"), keys.chunks("JOB")}
+    ours |= {keys.open, keys.repack, keys.ended}
     assert {name for name in shown if name.startswith("millstream:")} == ours
     assert f"rq:queue:{keys.queue('LANE')}" in shown
 

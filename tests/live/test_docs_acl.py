@@ -11,23 +11,26 @@ from pathlib import Path
 
 import pytest
 
-from local.valkey import Valkey
 from millstream import Client, RedisUnavailable, Settings
 from millstream.redis_door import connect
 from tests.upstream import ScriptedUpstream
+from tests.valkey import Valkey
 
 ROOT = Path(__file__).parents[2]
 USERS = re.findall(r"^user (\w+) (on .+)$", (ROOT / "docs" / "operations.md").read_text(), re.MULTILINE)
 
 
 @pytest.fixture
-def server() -> Iterator[Valkey]:
-    """A server with the page's users. Its default user stays, as the administrator who looks at the ACL log."""
-    with Valkey.start() as started:
-        with connect(started.url) as connection:
-            for name, rules in USERS:
-                connection.execute_command("ACL", "SETUSER", name, *rules.split())
-        yield started
+def server(valkey: Valkey) -> Iterator[Valkey]:
+    """An empty server with the page's users. Its default user stays, as the administrator who reads the ACL log."""
+    with connect(valkey.url) as connection:
+        connection.flushall()
+        connection.acl_log_reset()
+        for name, rules in USERS:
+            connection.execute_command("ACL", "SETUSER", name, *rules.split())
+        yield valkey
+        connection.acl_deluser("guest", *(name for name, _ in USERS))
+        connection.flushall()
 
 
 def _url(server: Valkey, user: str) -> str:

@@ -16,26 +16,20 @@ from typing import Any
 import pytest
 import redis
 
-from local.valkey import Valkey
-from millstream import Client, Settings
+from millstream import Client, Settings, calls
 from millstream.events import compact_text, encode
 from millstream.testing import ScriptedChannel
+from tests.valkey import Valkey
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "docs" / "examples" / "follow.py"
 Follow = Callable[..., Iterator[dict[str, Any]]]
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Valkey]:
-    with Valkey.start() as started:
-        yield started
-
-
 @pytest.fixture
-def client(server: Valkey) -> Iterator[Client]:
+def client(valkey: Valkey) -> Iterator[Client]:
     """With a retention that outlives no run of the suite by much."""
-    with Client(settings=Settings(redis_url=server.url, retention=60)) as connected:
+    with Client(settings=Settings(redis_url=valkey.url, retention=60)) as connected:
         yield connected
 
 
@@ -67,30 +61,35 @@ def _write_in_every_form(client: Client, job_id: str) -> None:
     channel.complete(job_id, prompt_tokens=1, completion_tokens=2, total_tokens=3)
 
 
-def _run_example(server: Valkey, *arguments: str) -> subprocess.Popen[str]:
-    environ = {**os.environ, "REDIS_URL": server.url}
+def _run_example(valkey: Valkey, *arguments: str) -> subprocess.Popen[str]:
+    environ = {**os.environ, "REDIS_URL": valkey.url}
     command = [sys.executable, str(EXAMPLE), *arguments]
     return subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.parametrize("repacked", [False, True])
 @pytest.mark.parametrize("after", [0, 1, 4, 5, 9])
-def test_the_example_reads_a_finished_log_as_the_library_does(server: Valkey, client: Client, after: int) -> None:
-    """From every kind of cursor: the start, a pack's border, its middle, the end."""
-    job = client.submit("Hello", id=f"finished-{after}")
+def test_the_example_reads_a_finished_log_as_the_library_does(
+    valkey: Valkey, client: Client, after: int, repacked: bool
+) -> None:
+    """From every kind of cursor: the start, a pack's border, its middle, the end; whatever the packing."""
+    job = client.submit("Hello", id=f"finished-{after}-{repacked}")
     _write_in_every_form(client, job.id)
-    with _run_example(server, job.id, str(after)) as example:
+    if repacked:
+        assert client.run(calls.repack(client.keys, job.id)) == "done"
+    with _run_example(valkey, job.id, str(after)) as example:
         said, complaints = example.communicate(timeout=20)
     assert (example.returncode, complaints) == (0, "")
     assert [json.loads(line) for line in said.splitlines()] == _listed(client, job.id, after)
 
 
-def test_the_example_follows_a_live_job_over_lost_connections(server: Valkey, client: Client) -> None:
+def test_the_example_follows_a_live_job_over_lost_connections(valkey: Valkey, client: Client) -> None:
     """Early events come from the log, later ones live; what is published while its subscription is cut is not lost."""
     job = client.submit("Hello", id="live")
     channel = ScriptedChannel(client)
     channel.start(job.id)
     channel.chunk(job.id, "0")
-    with _run_example(server, job.id) as example:
+    with _run_example(valkey, job.id) as example:
         assert example.stdout is not None
         lines = [example.stdout.readline(), example.stdout.readline()]
         for number in range(1, 20):
@@ -104,12 +103,12 @@ def test_the_example_follows_a_live_job_over_lost_connections(server: Valkey, cl
     assert [json.loads(line) for line in [*lines, *rest.splitlines()]] == _listed(client, job.id)
 
 
-def test_the_example_says_what_became_of_a_job(server: Valkey, client: Client) -> None:
+def test_the_example_says_what_became_of_a_job(valkey: Valkey, client: Client) -> None:
     """An unknown job, and a cursor beyond the log, are errors with the names that docs/wire.md gives them."""
     job = client.submit("Hello", id="rewound")
     _write_in_every_form(client, job.id)
     for arguments, expected in ((("nobody",), "JobNotFound"), ((job.id, "10"), "LogRewound")):
-        with _run_example(server, *arguments) as example:
+        with _run_example(valkey, *arguments) as example:
             said, complaints = example.communicate(timeout=20)
         assert example.returncode == 1
         assert said == ""
@@ -117,18 +116,18 @@ def test_the_example_says_what_became_of_a_job(server: Valkey, client: Client) -
 
 
 def test_the_readmes_follow_gives_every_event_of_a_finished_job(
-    server: Valkey, client: Client, readme_follow: Follow
+    valkey: Valkey, client: Client, readme_follow: Follow
 ) -> None:
     """It leaves out fields, never events."""
     job = client.submit("Hello", id="readme-finished")
     _write_in_every_form(client, job.id)
-    with redis.Redis.from_url(server.url, decode_responses=True) as connection:
+    with redis.Redis.from_url(valkey.url, decode_responses=True) as connection:
         found = list(readme_follow(connection, job.id))
     expected = _listed(client, job.id)
     assert [{**each, "at": at["at"], "v": 1} for each, at in zip(found, expected, strict=True)] == expected
 
 
-def test_the_readmes_follow_loses_nothing_live(server: Valkey, client: Client, readme_follow: Follow) -> None:
+def test_the_readmes_follow_loses_nothing_live(valkey: Valkey, client: Client, readme_follow: Follow) -> None:
     """Called again with the last seq after a broken connection, it goes on; nothing is lost or doubled."""
     job = client.submit("Hello", id="readme-live")
     channel = ScriptedChannel(client)
@@ -137,7 +136,7 @@ def test_the_readmes_follow_loses_nothing_live(server: Valkey, client: Client, r
 
     def read() -> None:
         seq = 0
-        with redis.Redis.from_url(server.url, decode_responses=True) as connection:
+        with redis.Redis.from_url(valkey.url, decode_responses=True) as connection:
             while seq < 11:
                 try:
                     for event in readme_follow(connection, job.id, seq):
