@@ -156,7 +156,7 @@ def a_world(url: str, folder: Path, **environ: str) -> Iterator[World]:
     """An empty database, an upstream, and no worker yet; all workers end with it."""
     with ScriptedUpstream(require_key=True) as upstream:
         world = World(url, upstream, folder, **environ)
-        world.redis.flushall()
+        world.redis.flushdb()
         try:
             yield world
         finally:
@@ -166,8 +166,8 @@ def a_world(url: str, folder: Path, **environ: str) -> Iterator[World]:
 
 @pytest.fixture
 def world(valkey: Valkey, tmp_path: Path) -> Iterator[World]:
-    """A world of the test's own, checked after it."""
-    with a_world(valkey.url, tmp_path) as made:
+    """A world of the test's own, checked after it. It has a database of its own: `shared` may be alive beside it."""
+    with a_world(valkey.url.removesuffix("0") + "1", tmp_path) as made:
         yield made
         made.check_left()
 

@@ -49,6 +49,7 @@ def test_a_job_that_waits_for_its_first_token_is_cancelled(shared: World, head: 
     exchange = shared.upstream.journal.wait_for(
         lambda journal: [each for each in journal.waiting_for("never") if each.request.prompt == prompt]
     )[0]
+    shared.wait_for_seq(job_id, 1)
     assert cancel_and_time(shared, job_id, exchange) < TAKES_EFFECT
     assert [event.type for event in shared.check(job_id)] == ["started", "cancelled"]
 
