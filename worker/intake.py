@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable, Sequence
-from typing import Any, Final
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final, TypeVar
 
 import redis.exceptions
 import structlog
@@ -38,6 +38,7 @@ AWAY: Final = 0.5
 log = structlog.get_logger()
 
 Begin = Callable[[Entry, Spec | SpecError, str, Claim], None]
+T = TypeVar("T")
 
 
 class Intake:
@@ -51,7 +52,13 @@ class Intake:
         self._free = slots
         self._freed = asyncio.Event()
         self._away = False
+        self._stopping = asyncio.Event()
         self._peeks: dict[str, asyncio.Task[bool]] = {}
+
+    def stop(self) -> None:
+        """Take nothing more; `run` returns once what it has taken is turned in."""
+        self._stopping.set()
+        self._freed.set()
 
     def free(self) -> None:
         """A slot is free again."""
@@ -59,9 +66,10 @@ class Intake:
         self._freed.set()
 
     async def run(self, *, burst: bool) -> None:
-        """Until cancelled; with `burst` until the lanes are empty."""
+        """Until `stop`; with `burst` until the lanes are empty."""
+        stop = asyncio.create_task(self._stopping.wait())
         try:
-            while True:
+            while not self._stopping.is_set():
                 self._freed.clear()
                 if self._free <= 0:
                     await self._freed.wait()
@@ -74,27 +82,25 @@ class Intake:
                     elif burst:
                         return
                     else:
-                        await self._wait(suspended=taken is None)
+                        await self._wait(stop, suspended=taken is None)
                 except RedisUnavailable as error:
-                    if not self._away:
-                        log.warning("intake.redis_away", reason=str(error))
-                    self._away = True
-                    await asyncio.sleep(AWAY)
+                    await self._while_away(error)
         finally:
-            for peek in self._peeks.values():
-                peek.cancel()
+            for waiting in (stop, *self._peeks.values()):
+                waiting.cancel()
 
-    async def _wait(self, *, suspended: bool) -> None:
+    async def _wait(self, stop: asyncio.Task[Any], *, suspended: bool) -> None:
         if suspended:
             await asyncio.sleep(SUSPENDED)
             return
         for key in self._worker.queue_keys():
             if key not in self._peeks:
                 self._peeks[key] = asyncio.create_task(self._peek(key))
-        done, _ = await asyncio.wait(self._peeks.values(), return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait([stop, *self._peeks.values()], return_when=asyncio.FIRST_COMPLETED)
         self._peeks = {key: peek for key, peek in self._peeks.items() if peek not in done}
-        for peek in done:
-            peek.result()
+        for failure in [each.exception() for each in done]:
+            if failure is not None:
+                raise failure
 
     async def _peek(self, key: str) -> bool:
         try:
@@ -102,16 +108,32 @@ class Intake:
         except redis.exceptions.RedisError as error:
             raise RedisUnavailable(str(error)) from error
 
+    async def _insist(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """Ask until Redis answers: letting go of what was taken or claimed would cost it an attempt, or minutes."""
+        while True:
+            try:
+                return await ask()
+            except RedisUnavailable as error:
+                if self._stopping.is_set():
+                    raise
+                await self._while_away(error)
+
+    async def _while_away(self, error: RedisUnavailable) -> None:
+        if not self._away:
+            log.warning("intake.redis_away", reason=str(error))
+        self._away = True
+        await asyncio.sleep(AWAY)
+
     async def _turn_in(self, taken: Sequence[tuple[int, str]]) -> None:
-        entries = await self._read(taken)
+        entries = await self._insist(lambda: self._read(taken))
         if not entries:
             return
         tokens = [secrets.token_hex(8) for _ in entries]
         keys, lease = self._client.keys, self._client.settings.lease
         wanted = [calls.claim(keys, each.job_id, token, lease) for each, token in zip(entries, tokens, strict=True)]
-        claims = await self._client.run_many(wanted)
+        claims = await self._insist(lambda: self._client.run_many(wanted))
         held = [each for each in zip(entries, tokens, claims, strict=True) if each[2].outcome == "claimed"]
-        specs = await self._specs([entry.job_id for entry, _, _ in held])
+        specs = await self._insist(lambda: self._specs([entry.job_id for entry, _, _ in held]))
         for (entry, token, claim), spec in zip(held, specs, strict=True):
             self._free -= 1
             self._clerk.started(entry)
@@ -155,7 +177,6 @@ class Intake:
         try:
             bodies = await self._client.redis.mget([self._client.keys.spec(job_id) for job_id in job_ids])
         except redis.exceptions.RedisError as error:
-            # The claims hold; their leases run out and the sweep brings the jobs back.
             raise RedisUnavailable(str(error)) from error
         return [_spec(body) for body in bodies]
 

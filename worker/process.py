@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
 import structlog
@@ -92,11 +92,9 @@ class Process:
             await self._work(burst=burst)
             await self._drain()
         finally:
-            for service in services[1:]:
-                service.cancel()
+            await _end(services[1:])
             await self._clerk.close()
-            services[0].cancel()
-            await asyncio.gather(*services, return_exceptions=True)
+            await _end(services[:1])
             await self._upstream.close()
             await self._client.close()
             self._line.close()
@@ -125,11 +123,9 @@ class Process:
             intake.result()
             while self._running and not self._stopping.is_set():
                 await asyncio.wait([stop, *self._running], return_when=asyncio.FIRST_COMPLETED)
-        intake.cancel()
         stop.cancel()
-        ended = await asyncio.gather(intake, stop, return_exceptions=True)
-        if isinstance(ended[0], Exception):
-            raise ended[0]
+        self._intake.stop()  # not cancelled: what it has claimed must become a running job, or be handed over as one
+        await intake
 
     def _begin(self, entry: Entry, spec: Spec | SpecError, token: str, claim: Claim) -> None:
         relay = Relay(self._services, entry.job_id, spec, token, claim)
@@ -194,3 +190,15 @@ class Process:
                 entry = left[task][0]
                 lane = entry.rq_job.origin.removeprefix(f"{self._settings.prefix}-")
                 await self._client.run(calls.redeliver(self._settings.keys, entry.job_id, lane))
+
+
+async def _end(services: Sequence[asyncio.Task[None]]) -> None:
+    """Cancel tasks until they have ended.
+
+    Once is not enough: on Python 3.11 `asyncio.wait_for`, in which redis-py sends, loses a cancellation that comes in
+    the very turn of the loop in which the sending is done.
+    """
+    while left := [service for service in services if not service.done()]:
+        for service in left:
+            service.cancel()
+        await asyncio.wait(left, timeout=0.1)

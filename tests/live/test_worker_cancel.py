@@ -1,0 +1,148 @@
+"""Cancelling in every state: one `cancelled`, last; the upstream let go within a second; what was written stays."""
+
+from __future__ import annotations
+
+import time
+from typing import Final
+
+import pytest
+
+from millstream import JobCancelled
+from millstream.events import Cancelled, Chunk
+from tests.contract.consumers import Consumer
+from tests.live.conftest import World
+from tests.live.worker_process import wait_until
+from tests.upstream import Exchange, Headers, Script, Stall, Text, WaitFor, answer, error, expected_text
+
+TAKES_EFFECT: Final = 1.0
+"""Seconds from a cancel to the upstream's closed socket: the guarantee."""
+
+
+def cancel_and_time(world: World, job_id: str, exchange: Exchange) -> float:
+    """Cancel, and say how many seconds later the upstream saw its socket closed."""
+    asked = time.monotonic()
+    assert world.client.cancel(job_id) == "cancelled"
+    world.upstream.journal.wait_for(lambda journal: exchange.closed_at is not None)
+    assert exchange.outcome == "client_closed"
+    assert exchange.closed_at is not None
+    return exchange.closed_at - asked
+
+
+def test_a_queued_job_is_cancelled_without_a_worker(world: World) -> None:
+    """Nobody runs it, now or later: a worker that finds its delivery asks nothing of the upstream."""
+    job_id = world.submit("nobody asks this")
+    assert world.client.cancel(job_id) == "cancelled"
+    world.worker("--burst").wait()
+    assert world.upstream.requests_for("nobody asks this") == []
+    [end] = world.check(job_id)
+    assert isinstance(end, Cancelled)
+    with pytest.raises(JobCancelled):
+        world.client.result(job_id)
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["before the head", "before the first token"])
+def test_a_job_that_waits_for_its_first_token_is_cancelled(shared: World, head: bool) -> None:
+    """A silent upstream, headers sent or not, is let go within a second."""
+    prompt = f"silent, head {head}"
+    shared.upstream.on(Script(*([Headers()] if head else []), WaitFor("never"), Stall()), prompt=prompt)
+    job_id = shared.submit(prompt)
+    exchange = shared.upstream.journal.wait_for(
+        lambda journal: [each for each in journal.waiting_for("never") if each.request.prompt == prompt]
+    )[0]
+    shared.wait_for_seq(job_id, 1)
+    assert cancel_and_time(shared, job_id, exchange) < TAKES_EFFECT
+    assert [event.type for event in shared.check(job_id)] == ["started", "cancelled"]
+
+
+def test_a_streaming_job_is_cancelled(shared: World) -> None:
+    """Mid-stream: the socket is closed, consumers see one `cancelled`, text and usage so far stay readable."""
+    prompt = "mid-stream"
+    shared.upstream.on(answer(Text(None, 0.01, seed=4)), prompt=prompt)
+    job_id = shared.submit(prompt)
+    consumer = Consumer(shared.make_client, [job_id])
+    consumer.wait_for(20)
+    [exchange] = shared.upstream.requests_for(prompt)
+    took = cancel_and_time(shared, job_id, exchange)
+    assert took < TAKES_EFFECT
+    log = shared.check(job_id, [consumer.join()[job_id]])
+    written = sum(event.n for event in log if isinstance(event, Chunk))
+    assert shared.last_text(job_id) == expected_text(written, 4)
+    usage = shared.client.status(job_id).usage
+    assert usage is not None
+    assert usage["estimated"] is True
+    assert 0 < usage["completion_tokens"] <= exchange.chunks_sent
+
+
+def test_a_stalled_stream_is_cancelled(shared: World) -> None:
+    """Without a word from the upstream the heartbeat alone brings the news."""
+    prompt = "stalled and cancelled"
+    shared.upstream.on(answer(Text(3, seed=4), WaitFor("stalled"), Stall()), prompt=prompt)
+    job_id = shared.submit(prompt)
+    [exchange] = shared.held("stalled")
+    shared.wait_for_seq(job_id, 2)
+    assert cancel_and_time(shared, job_id, exchange) < TAKES_EFFECT
+    shared.check(job_id)
+    assert shared.last_text(job_id) == expected_text(3, 4)
+
+
+def test_a_job_that_waits_to_ask_again_is_cancelled(shared: World) -> None:
+    """Between two tries of a busy upstream there is no socket to close, and no further request comes."""
+    prompt = "asked to wait"
+    shared.upstream.on(error(503, headers={"retry-after": "30"}), prompt=prompt)
+    job_id = shared.submit(prompt)
+    consumer = Consumer(shared.make_client, [job_id])
+    consumer.wait_for(2)
+    assert consumer.events[job_id][1].type == "retrying"
+    assert shared.client.cancel(job_id) == "cancelled"
+    wait_until(lambda: shared.workers[0].said("job.ended", job=job_id), "the worker lets go", TAKES_EFFECT)
+    shared.check(job_id, [consumer.join()[job_id]])
+    assert len(shared.upstream.requests_for(prompt)) == 1
+
+
+def test_an_ended_job_stays_as_it_ended(shared: World) -> None:
+    """A cancel after the end changes nothing, and says what the status is."""
+    job_id = shared.submit("ended long ago")
+    log_before = shared.check(shared.outcome(job_id).id)
+    assert shared.client.cancel(job_id) == "completed"
+    assert shared.check(job_id) == log_before
+
+
+def test_cancelling_as_the_answer_ends_gives_one_end(shared: World) -> None:
+    """50 answers end while their jobs are being cancelled: each has one terminal event, the same for everyone."""
+    prompts = [f"last moment {number}" for number in range(50)]
+    for prompt in prompts:
+        shared.upstream.on(answer(Text(5, seed=1), WaitFor("last moment"), Text(1, seed=2)), prompt=prompt)
+    jobs = [job.id for job in shared.client.submit_many([{"prompt": prompt} for prompt in prompts])]
+    consumer = Consumer(shared.make_client, jobs)
+    shared.held("last moment", 50)
+    said = {}
+    for number, job_id in enumerate(jobs):
+        if number == 5:
+            shared.upstream.open_gate("last moment")
+        said[job_id] = shared.client.cancel(job_id)
+    seen = consumer.join()
+    assert {shared.check(job_id, [seen[job_id]])[-1].type for job_id in jobs[:5]} == {"cancelled"}
+    for job_id in jobs:
+        assert shared.check(job_id, [seen[job_id]])[-1].type == said[job_id]
+    shared.upstream.journal.wait_for(lambda journal: journal.open_streams == 0)
+
+
+def test_a_job_whose_worker_died_is_cancelled(world: World) -> None:
+    """The worker is gone and its lease still runs: the cancel holds at once, and no other worker runs it again."""
+    prompt = "its worker died"
+    world.upstream.on(answer(Text(5, seed=9), WaitFor("dead"), Stall()), prompt=prompt)
+    worker = world.worker()
+    job_id = world.submit(prompt)
+    world.held("dead")
+    world.wait_for_seq(job_id, 2)
+    worker.kill()
+    assert world.client.cancel(job_id) == "cancelled"
+    log = world.check(job_id)
+    assert world.last_text(job_id) == expected_text(5, 9)
+    second = world.worker()
+    marker = world.submit("runs instead")
+    world.check_text(marker, "runs instead")
+    second.terminate()
+    assert second.wait() == 0
+    assert world.check(job_id) == log
+    assert len(world.upstream.requests_for(prompt)) == 1
