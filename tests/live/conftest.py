@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import msgspec
 import pytest
+import redis
 
 from local import guard
 from millstream import Client, Event, Result, Settings
@@ -182,14 +183,25 @@ def world(valkey: Valkey, tmp_path: Path) -> Iterator[World]:
 
 
 @pytest.fixture(scope="module")
-def shared(valkey: Valkey, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """A world with one worker for all tests of a module, checked after the last; each test uses prompts of its own."""
-    with a_world(
-        valkey.url, tmp_path_factory.mktemp("shared"), MILLSTREAM_IDLE_TIMEOUT="0.5", MILLSTREAM_FIRST_TOKEN_TIMEOUT="5"
-    ) as made:
+def shared(request: pytest.FixtureRequest, valkey: Valkey, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """A world with one worker for all tests of a module, checked after the last; each test uses prompts of its own.
+
+    The module's ENVIRON, if it has one, is laid over the worker's environment.
+    """
+    environ: dict[str, str] = getattr(request.module, "ENVIRON", {})
+    with a_world(valkey.url, tmp_path_factory.mktemp("shared"), **environ) as made:
         made.worker()
         yield made
         made.check_left()
+
+
+@pytest.fixture
+def valkey_url(valkey: Valkey) -> str:
+    """The address of an empty database that no other world uses."""
+    url = valkey.url.removesuffix("0") + "2"
+    with redis.Redis.from_url(url) as connection:
+        connection.flushdb()
+    return url
 
 
 @pytest.fixture
@@ -199,7 +211,9 @@ def make_world(tmp_path: Path) -> Iterator[Callable[..., World]]:
         made: list[World] = []
 
         def make(url: str, **environ: str) -> World:
-            made.append(World(url, upstream, tmp_path, **environ))
+            folder = tmp_path / str(len(made))
+            folder.mkdir()
+            made.append(World(url, upstream, folder, **environ))
             return made[-1]
 
         try:
