@@ -1,0 +1,213 @@
+"""Redis goes away, loses replies or is slow while jobs stream: nothing is doubled, lost or counted against a job."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Final
+
+import pytest
+
+from millstream.events import Chunk, Started
+from tests.contract.consumers import Consumer
+from tests.live.conftest import LEASE, World
+from tests.live.worker_process import wait_until
+from tests.proxy import Proxy
+from tests.upstream import Finish, Pause, Reset, Script, Text, WaitFor, answer, expected_text, seed_of
+from tests.valkey import Valkey
+
+AWAY: Final = 3 * LEASE
+"""Seconds without Redis: longer than a lease, and than a client's own retries (3 s)."""
+
+
+@pytest.fixture
+def durable() -> Iterator[Valkey]:
+    """A server of the test's own, which writes everything down before it answers."""
+    server = Valkey.start(appendfsync="always")
+    yield server
+    server.close()
+
+
+def starts(world: World, job_id: str) -> list[tuple[int, str | None]]:
+    return [(e.attempt, e.reason) for e in world.client.follow(job_id) if isinstance(e, Started)]
+
+
+@pytest.mark.parametrize("outage", ["frozen", "killed"])
+def test_jobs_go_on_where_they_stood_when_redis_is_back(
+    make_world: Callable[..., World], durable: Valkey, outage: str, say: Callable[[str], None]
+) -> None:
+    """An outage of three leases: the worker keeps reading into its buffers, writes on afterwards, no attempt is lost.
+
+    Consumers that followed all the time see the whole log; a job submitted before and taken afterwards runs too.
+    """
+    world = make_world(durable.url, MILLSTREAM_STREAMS="20")
+    prompts = [f"outage {number}" for number in range(20)]
+    for number, prompt in enumerate(prompts):
+        pace = 0.01 + 0.001 * number
+        world.upstream.on(
+            answer(Text(10, pace, seed=1), WaitFor("away"), Text(200, pace, seed=seed_of(prompt))), prompt=prompt
+        )
+    worker = world.worker()
+    jobs = [job.id for job in world.client.submit_many([{"prompt": prompt} for prompt in prompts])]
+    waiting = world.submit("no slot is free yet")
+    consumers = [Consumer(world.make_client, [job_id]) for job_id in jobs]
+    world.held("away", 20)
+    for consumer in consumers:
+        consumer.wait_for(2)
+    world.upstream.open_gate("away")
+    if outage == "frozen":
+        os.kill(durable.pid, signal.SIGSTOP)
+    else:
+        durable.kill()
+    gone = time.monotonic()
+    worker.wait_for("redis.away")
+    wait_until(lambda: time.monotonic() - gone >= AWAY, "a long outage")
+    if outage == "frozen":
+        os.kill(durable.pid, signal.SIGCONT)
+    else:
+        durable.restart()
+    for job_id, prompt, consumer in zip(jobs, prompts, consumers, strict=True):
+        world.check(job_id, [consumer.join()[job_id]])
+        assert world.last_text(job_id) == expected_text(10, 1) + expected_text(200, seed_of(prompt))
+        assert starts(world, job_id) == [(1, None)]
+    world.check_text(waiting, "no slot is free yet")
+    assert world.client.status(waiting).broken == 0
+    assert len(world.upstream.journal) == 21
+    assert worker.said("redis.back")
+    worker.terminate()
+    assert worker.wait() == 0
+    world.check_left()
+    say(f"Redis {outage} for {AWAY:g} s under 20 live streams: all went on in their first attempt")
+
+
+def test_a_worker_can_end_while_redis_is_away(make_world: Callable[..., World], durable: Valkey) -> None:
+    """SIGTERM twice without Redis: it does not hang, and the job runs elsewhere once Redis is back."""
+    world = make_world(durable.url, MILLSTREAM_GRACE="0")
+    prompt = "left behind"
+    world.upstream.on(answer(Text(5, seed=1), WaitFor("left")), answer(Text(20, seed=2)), prompt=prompt)
+    worker = world.worker()
+    job_id = world.submit(prompt)
+    world.held("left")
+    world.wait_for_seq(job_id, 2)
+    durable.kill()
+    worker.terminate()
+    worker.wait_for("worker.stopping")
+    worker.terminate()
+    worker.wait(30)
+    durable.restart()
+    world.worker()
+    assert world.outcome(job_id).text == expected_text(20, 2)
+    world.check(job_id)
+
+
+def test_lost_replies_double_and_lose_nothing(
+    make_world: Callable[..., World], valkey_url: str, say: Callable[[str], None]
+) -> None:
+    """Every 5th reply to worker, producer and consumers is lost after the command was carried out.
+
+    Each job has one run upstream, its text is whole, no event is doubled, and no attempt is counted.
+    """
+    with Proxy(valkey_url) as proxy:
+        world, honest = make_world(proxy.url), make_world(valkey_url)
+        world.worker("--lane", "interactive")
+        proxy.lose_every(5)
+        prompts = [f"lost reply {number}" for number in range(30)]
+        for prompt in prompts:
+            world.upstream.on(answer(Text(60, 0.005, seed=seed_of(prompt))), prompt=prompt)
+        jobs = [world.submit(prompt) for prompt in prompts]
+        consumers = [Consumer(world.make_client, [job_id]) for job_id in jobs]
+        seen = [consumer.join() for consumer in consumers]
+        proxy.lose_every(0)
+        for job_id, prompt, each in zip(jobs, prompts, seen, strict=True):
+            log = honest.check(job_id, [each[job_id]])
+            assert honest.last_text(job_id) == expected_text(60, seed_of(prompt))
+            assert sum(event.n for event in log if isinstance(event, Chunk)) == 60
+            assert len(honest.upstream.requests_for(prompt)) == 1
+            assert starts(honest, job_id) == [(1, None)]
+        lost = proxy.lost
+        assert lost > 50
+        for worker in world.workers:
+            worker.terminate()
+            assert worker.wait() == 0
+        world.check_left()
+    say(f"{lost} lost replies under 30 jobs: nothing doubled, nothing lost")
+
+
+def test_lost_replies_to_cancels_and_restarts(
+    make_world: Callable[..., World], valkey_url: str, say: Callable[[str], None]
+) -> None:
+    """Under lost replies a cancel ends a job once, and a break begins exactly one further attempt."""
+    with Proxy(valkey_url) as proxy:
+        world, honest = make_world(proxy.url), make_world(valkey_url)
+        world.worker()
+        proxy.lose_every(5)
+        broken = [f"broken under loss {number}" for number in range(20)]
+        endless = [f"cancelled under loss {number}" for number in range(10)]
+        for prompt in broken:
+            world.upstream.on(Script(Text(7, 0.01, seed=1), Reset()), answer(Text(30, 0.005, seed=2)), prompt=prompt)
+        for prompt in endless:
+            world.upstream.on(answer(Text(None, 0.01, seed=3)), prompt=prompt)
+        restarted = [world.submit(prompt) for prompt in broken]
+        cancelled = [world.submit(prompt) for prompt in endless]
+        for job_id in cancelled:
+            honest.wait_for_seq(job_id, 5)
+            assert world.client.cancel(job_id) == "cancelled"
+        for job_id in restarted:
+            assert honest.outcome(job_id).text == expected_text(30, 2)
+            honest.check(job_id)
+            assert starts(honest, job_id) == [(1, None), (2, "stream_broken")]
+        for job_id in cancelled:
+            honest.check(job_id)
+        world.upstream.journal.wait_for(lambda journal: journal.open_streams == 0)
+        lost = proxy.lost
+    say(f"{lost} lost replies under 20 broken and 10 cancelled streams: one restart and one end each")
+
+
+def test_a_restart_survives_a_heartbeat_on_its_way(make_world: Callable[..., World], valkey_url: str) -> None:
+    """On a slow line the heartbeat of the old attempt may arrive after the claim of the new one: it is no fence.
+
+    100 streams break at moments spread over a heartbeat's period, while every reply takes 50 ms.
+    """
+    with Proxy(valkey_url) as proxy:
+        world, honest = make_world(proxy.url), make_world(valkey_url)
+        world.worker()
+        proxy.delay(0.05)
+        prompts = [f"slow line {number}" for number in range(100)]
+        for number, prompt in enumerate(prompts):
+            world.upstream.on(
+                Script(Text(3, seed=1), Pause(0.5 + 0.01 * number), Reset()), answer(Text(5, seed=2)), prompt=prompt
+            )
+        jobs = [job.id for job in world.client.submit_many([{"prompt": prompt} for prompt in prompts])]
+        for job_id in jobs:
+            assert honest.outcome(job_id).text == expected_text(5, 2)
+            assert starts(honest, job_id) == [(1, None), (2, "stream_broken")]
+            honest.check(job_id)
+        assert {len(honest.upstream.requests_for(prompt)) for prompt in prompts} == {2}
+
+
+def test_a_full_buffer_pauses_the_upstream_and_loses_nothing(make_world: Callable[..., World], durable: Valkey) -> None:
+    """While Redis stands still a fast answer fills the job's buffer, then waits at the upstream's socket.
+
+    The clocks stand still meanwhile: a paused stream is not a stalled one.
+    """
+    world = make_world(durable.url, MILLSTREAM_IDLE_TIMEOUT="1")
+    prompt = "an answer that does not fit"
+    chunks = 60_000
+    world.upstream.on(Script(WaitFor("full"), Text(chunks, seed=1), Finish()), prompt=prompt)
+    worker = world.worker()
+    job_id = world.submit(prompt)
+    world.held("full")
+    world.wait_for_seq(job_id, 1)
+    os.kill(durable.pid, signal.SIGSTOP)
+    world.upstream.open_gate("full")
+    gone = time.monotonic()
+    [exchange] = world.upstream.requests_for(prompt)
+    wait_until(lambda: time.monotonic() - gone >= 3.0, "three times the idle clock")
+    assert exchange.outcome == "open", "the upstream was not held back"
+    os.kill(durable.pid, signal.SIGCONT)
+    assert world.outcome(job_id).text == expected_text(chunks, 1)
+    world.check(job_id)
+    assert starts(world, job_id) == [(1, None)]
+    assert worker.alive
