@@ -207,17 +207,26 @@ class AsyncClient:
         if not wanted:
             return []
         with translated(self._url):
-            for script in {call.load(header=self._header) for call in wanted}:
-                await self.redis.script_load(script.text)
-            pipe = self.redis.pipeline(transaction=False)
-            for call in wanted:
-                pipe.evalsha(call.load(header=self._header).sha, len(call.keys), *call.keys, *call.args)
-            replies = await pipe.execute()
+            replies = await self._ask_many(wanted)
+            if any(isinstance(reply, NoScriptError) for reply in replies):
+                for script in {call.load(header=self._header) for call in wanted}:
+                    await self.redis.script_load(script.text)
+                replies = await self._ask_many(wanted)  # those that had run say so again
+            for reply in replies:
+                if isinstance(reply, Exception):
+                    raise reply
         return [call.decode(reply) for call, reply in zip(wanted, replies, strict=True)]
 
     def _with_model(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         named = asked.get("model") is not None
         return {**asked, "model": asked["model"] if named else self.settings.model}
+
+    async def _ask_many(self, wanted: Sequence[Call[Any]]) -> Sequence[Any]:
+        pipe = self.redis.pipeline(transaction=False)
+        for call in wanted:
+            pipe.evalsha(call.load(header=self._header).sha, len(call.keys), *call.keys, *call.args)
+        replies: Sequence[Any] = await pipe.execute(raise_on_error=False)
+        return replies
 
     async def _statuses(self, job_ids: Sequence[str]) -> Sequence[Status]:
         with translated(self._url):

@@ -52,9 +52,7 @@ def test_a_hundred_jobs_run_at_once(shared: World) -> None:
     """100 jobs are all open upstream at the same time, and each one's text is its own."""
     prompts = [f"one of a hundred: {number}" for number in range(100)]
     for prompt in prompts:
-        shared.upstream.on(
-            answer(Text(10, seed=seed_of(prompt)), WaitFor("hundred"), Text(10, seed=1)), prompt=prompt
-        )
+        shared.upstream.on(answer(Text(10, seed=seed_of(prompt)), WaitFor("hundred"), Text(10, seed=1)), prompt=prompt)
     jobs = shared.client.submit_many([{"prompt": prompt} for prompt in prompts])
     everyone = Consumer(shared.make_client, [job.id for job in jobs])
     shared.held("hundred", 100)

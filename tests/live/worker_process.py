@@ -1,4 +1,4 @@
-"""A worker in a process of its own, as `python -m worker` runs it: watched by its log, ended by pid whatever happens."""
+"""A worker in a process of its own, as `python -m worker` runs it: watched by its log, always ended by pid."""
 
 from __future__ import annotations
 
@@ -42,9 +42,7 @@ class WorkerProcess:
 
     def __init__(self, log: Path, settings: Mapping[str, str], arguments: Sequence[str]) -> None:
         self.log = log
-        self._child = guard.spawn(
-            [sys.executable, "-m", "worker", *arguments], log=log, environ=environment(settings)
-        )
+        self._child = guard.spawn([sys.executable, "-m", "worker", *arguments], log=log, environ=environment(settings))
         self.pid = self._child.pid
 
     @property
