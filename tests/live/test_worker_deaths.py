@@ -198,10 +198,14 @@ def test_attempts_that_keep_dying_end_the_job(world: World) -> None:
     prompt = "kills its worker"
     world.upstream.on(answer(Text(3, seed=1), WaitFor("deadly"), Stall()), prompt=prompt)
     job_id = world.submit(prompt, max_attempts=2)
+
+    def begun(attempt: int) -> None:
+        world.upstream.journal.wait_for(lambda journal: len(journal.waiting_for("deadly")) == attempt, 30)
+        wait_until(lambda: len(starts_so_far(world, job_id)) == attempt, f"attempt {attempt} is written")
+
     for number in (1, 2):
         worker = world.worker()
-        world.upstream.journal.wait_for(lambda journal, n=number: len(journal.waiting_for("deadly")) == n, 30)
-        wait_until(lambda n=number: len(starts_so_far(world, job_id)) == n, f"attempt {number} is written")
+        begun(number)
         worker.kill()
         world.upstream.journal.wait_for(lambda journal: journal.open_streams == 0)
     world.worker()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from typing import Any
 
 import pytest
 
@@ -120,7 +121,7 @@ def test_a_plain_subscriber_sees_the_events_of_the_log(shared: World) -> None:
         pubsub.subscribe(shared.keys.chunks(job_id))
         wait_until(lambda: shared.redis.pubsub_numsub(shared.keys.chunks(job_id))[0][1] == 1, "subscribed")
         shared.upstream.open_gate("plain")
-        heard = []
+        heard: list[Any] = []
         while not heard or not heard[-1].terminal:
             message = pubsub.get_message(timeout=5)
             if message is not None:

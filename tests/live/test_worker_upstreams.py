@@ -171,7 +171,11 @@ def test_an_unknown_model_fails_with_the_upstreams_words(shared: World) -> None:
 
 @pytest.mark.parametrize(
     ("script", "code"),
-    [(error(503, "Down."), "invalid_request_error"), (html(), "malformed_stream"), (Script(Reset()), "upstream_unreachable")],
+    [
+        (error(503, "Down."), "invalid_request_error"),
+        (html(), "malformed_stream"),
+        (Script(Reset()), "upstream_unreachable"),
+    ],
     ids=["503", "html", "reset"],
 )
 def test_retries_end(shared: World, script: Script, code: str) -> None:
@@ -282,7 +286,9 @@ DIALECTS: Final = {
     "CR": Script(Text(9, seed=1), Finish(), Done(), line_end="\r"),
     "no space": Script(Text(9, seed=1), Finish(), Done(), colon=":"),
     "BOM": Script(Raw(b"\xef\xbb\xbf"), *answer(Text(9, seed=1)).steps),
-    "pings": answer(Ping(), Text(5, seed=1), Comment(), Ping(), Part("".join(expected_text(9, 1)[len(expected_text(5, 1)):]))),
+    "pings": answer(
+        Ping(), Text(5, seed=1), Comment(), Ping(), Part("".join(expected_text(9, 1)[len(expected_text(5, 1)) :]))
+    ),
     "no [DONE]": Script(Text(9, seed=1), Finish()),
     "until the close": Script(Text(9, seed=1), Finish(), framing="close"),
     "content-length": Script(Text(9, seed=1), Finish(), Done(), framing="content-length"),
