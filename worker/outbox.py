@@ -75,6 +75,8 @@ class Outbox:
         self.holder = holder(self.token, attempt)
         self.shown = False
         """Whether a chunk of this attempt was frozen: from then on it may have been seen."""
+        self._kept.clear()  # a gap reaches back to the claim of this attempt at most
+        self._kept_size = 0
         self._room.set()
         self._settled.set()
 
@@ -126,10 +128,10 @@ class Outbox:
             self._room.clear()
 
     def _shrink(self) -> None:
-        self._size = self._length + sum(map(len, self._waiting))
+        self._size = self._length + sum(map(len, self._waiting)) if self._waiting else self._length
         if self._size < FULL:
             self._room.set()
-        if self._frame is None and not self.waiting:
+        if self._frame is None and not self._size and not self.waiting:
             self._settled.set()
 
     @property
@@ -150,17 +152,26 @@ class Outbox:
         """Whether there is something to freeze."""
         return bool(self._waiting or self._texts)
 
-    @property
-    def busy(self) -> bool:
-        """Whether a frame is unanswered."""
-        return self._frame is not None
-
     # Sending -----------------------------------------------------------------------------------------------------
 
     def freeze(self) -> Frame:
         """The next frame, at most MAX_FRAME long but for one larger event; without events it is a heartbeat."""
         if self._frame is not None:
             return self._frame
+        if not self._waiting and self._length < MAX_TEXT:  # the usual frame: one piece of text, or a heartbeat
+            self._close_text()
+            events = list(self._waiting)
+            self._waiting.clear()
+            self.shown = self.shown or bool(events)
+        else:
+            events = self._next_events()
+        ending = None if self._waiting else self._ending
+        self._frame = Frame(self.job_id, self._keys, self.holder, self.seq + 1, events, self.usage, ending)
+        self.usage = b""
+        self._settled.clear()
+        return self._frame
+
+    def _next_events(self) -> list[bytes]:
         self._close_text()
         events: list[bytes] = []
         size = 0
@@ -169,11 +180,7 @@ class Outbox:
             size += len(event)
             events.append(event)
             self.shown = self.shown or event.startswith(_CHUNK_STARTS)
-        ending = None if self._waiting else self._ending
-        self._frame = Frame(self.job_id, self._keys, self.holder, self.seq + 1, events, self.usage, ending)
-        self.usage = b""
-        self._settled.clear()
-        return self._frame
+        return events
 
     def answered(self, code: str, seq: int) -> None:
         """The server's answer to the frame."""

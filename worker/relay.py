@@ -178,13 +178,15 @@ class Relay:
     def _pass_on(self, answer: Answer, clock: Clock, parts: Sequence[Part]) -> None:
         content = False
         for part in parts:
-            answer.take(part)
             if isinstance(part, Piece):
+                answer.pieces += 1
                 content = True
                 if part.delta is None:
                     self._outbox.text(part.index, part.text)
                 else:
                     self._outbox.event(compact("chunk", index=part.index, n=1, delta=part.delta))
+            else:
+                answer.take(part)
         if content:
             now = clock.content()
             if now - self._usage_at >= USAGE_EVERY:
