@@ -92,6 +92,11 @@ class Relay:
         """Stop, and give the job back at once so that another worker takes it."""
         self._interrupt("released")
 
+    def look(self) -> None:
+        """Ask now, not with the next heartbeat, whether the job is still ours."""
+        if self._stopped is None and not self._outbox.ended:
+            self._services.writer.notify(self._outbox)
+
     def _interrupt(self, code: str) -> None:
         if self._stopped is None and not self._outbox.ended:
             self._stopped = code
