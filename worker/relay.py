@@ -246,7 +246,7 @@ class Relay:
             try:
                 claim: Claim = await services.run(wanted)
             except RedisUnavailable as error:
-                self._log.warning("redis.away", reason=str(error))
+                self._log.warning("job.restart_waits", reason=str(error))
                 await asyncio.sleep(AWAY)
             else:
                 return claim

@@ -234,9 +234,7 @@ def test_what_depends_on_our_job_runs_after_it(world: World) -> None:
         for rq_id in world.redis.lrange(queue_key(world.keys, "interactive"), 0, -1)
     }
     others = Queue("others", connection=world.redis, serializer=JSONSerializer)
-    after = {
-        name: others.enqueue("operator.add", 1, 1, depends_on=ours[job_id]) for name, job_id in jobs.items()
-    }
+    after = {name: others.enqueue("operator.add", 1, 1, depends_on=ours[job_id]) for name, job_id in jobs.items()}
     assert {job.get_status() for job in after.values()} == {"deferred"}
     world.worker()
     world.upstream.open_gate(gate)
