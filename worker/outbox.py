@@ -142,7 +142,7 @@ class Outbox:
         await self._room.wait()
 
     async def settled(self) -> None:
-        """Wait until everything was acknowledged, or refused."""
+        """Wait until everything was acknowledged, or refused, a heartbeat in flight included."""
         await self._settled.wait()
 
     @property
@@ -172,6 +172,7 @@ class Outbox:
         ending = None if self._waiting else self._ending
         self._frame = Frame(self.job_id, self._keys, self.holder, self.seq + 1, events, self.usage, ending)
         self.usage = b""
+        self._settled.clear()
         return self._frame
 
     def answered(self, code: str, seq: int) -> None:
@@ -199,6 +200,7 @@ class Outbox:
         """The server lost events that it had acknowledged: send the same ones again, or fail the job honestly."""
         lost = self.seq - seq
         self.seq = seq
+        self.usage = self.usage or frame.usage
         if lost <= len(self._kept):
             again = [self._kept.pop() for _ in range(lost)][::-1]
             self._kept_size -= sum(map(len, again))

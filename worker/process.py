@@ -138,8 +138,11 @@ class Process:
         self._intake.free()
         if task.cancelled():
             status = "stopped"
-        elif (error := task.exception()) is not None:
-            log.error("job.broken", job=entry.job_id, exc_info=error)  # its lease runs out; another attempt follows
+        elif (error := task.exception()) is not None:  # its lease runs out; another attempt follows
+            if isinstance(error, RedisUnavailable):
+                log.warning("job.let_go", job=entry.job_id, reason=str(error))
+            else:
+                log.error("job.broken", job=entry.job_id, exc_info=error)
             status = "failed"
         else:
             status = task.result()

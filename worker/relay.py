@@ -21,7 +21,7 @@ import structlog
 
 from millstream import calls
 from millstream.calls import Claim, Ending
-from millstream.errors import SpecError
+from millstream.errors import RedisUnavailable, SpecError
 from millstream.events import compact
 from millstream.job import Spec
 from millstream.keys import Keys
@@ -35,6 +35,9 @@ from .upstream.chunks import Part
 from .writer import Run, Writer
 
 log = structlog.get_logger()
+
+AWAY = 0.5
+"""Seconds between tries of a claim while Redis is away."""
 
 USAGE_EVERY = 1.0
 """Seconds between running usage estimates in the state: what a cancelled job is billed by."""
@@ -216,16 +219,30 @@ class Relay:
 
     async def _restart(self) -> str | None:
         """Begin a further attempt; what was shown is void. Returns why not, if the job is no longer ours."""
-        await self._outbox.settled()  # no event of the old attempt may follow the claim
         services, outbox = self._services, self._outbox
-        claim = await services.run(
-            calls.claim(services.keys, self.job_id, outbox.token, services.settings.lease, outbox.attempt + 1)
-        )
+        await outbox.settled()  # no event of the old attempt may follow the claim,
+        services.writer.remove(outbox)
+        await outbox.settled()  # nor a heartbeat: it would be answered `fenced`
+        claim = await self._claim_next()
         if claim.outcome != "claimed":
-            return str(claim.outcome)
+            return claim.outcome
         self._claim = claim
         outbox.begin(claim.attempt, claim.seq)
+        services.writer.add(outbox)
         return None
+
+    async def _claim_next(self) -> Claim:
+        """Ask until Redis answers; the script allows that, and a job let go of here would lose one more attempt."""
+        services, outbox = self._services, self._outbox
+        wanted = calls.claim(services.keys, self.job_id, outbox.token, services.settings.lease, outbox.attempt + 1)
+        while True:
+            try:
+                claim: Claim = await services.run(wanted)
+            except RedisUnavailable as error:
+                self._log.warning("redis.away", reason=str(error))
+                await asyncio.sleep(AWAY)
+            else:
+                return claim
 
     # Endings -----------------------------------------------------------------------------------------------------
 

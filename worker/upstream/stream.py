@@ -53,8 +53,9 @@ class Stream:
         try:
             self._arrived(take)
             while not self._over:
-                self._wake = asyncio.get_running_loop().create_future()
-                await self._wake
+                if not self._full:  # it may be again, from what had been parsed already: then nobody wakes us
+                    self._wake = asyncio.get_running_loop().create_future()
+                    await self._wake
                 if self._full and not self._over:
                     transport.pause_reading()
                     await room()
