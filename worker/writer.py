@@ -18,7 +18,7 @@ from millstream.calls import Call, Frame, append
 from millstream.errors import RedisUnavailable
 from millstream.keys import Keys
 
-from .outbox import Outbox
+from .outbox import MAX_FRAME, Outbox
 
 MAX_CALL: Final = 256 * 1024
 """Bytes of events in one call (the script must not keep the server from others)."""
@@ -129,7 +129,7 @@ class Writer:
         # The silent come first: however much the others have to say, leases are renewed and cancels noticed in time.
         batch = [(outbox, outbox.freeze()) for outbox in self._silent(now)]
         size = 0
-        while self._dirty and size < MAX_CALL and len(batch) < MAX_JOBS:
+        while self._dirty and size + MAX_FRAME <= MAX_CALL and len(batch) < MAX_JOBS:
             outbox = next(iter(self._dirty))
             del self._dirty[outbox]
             frame = outbox.freeze()
