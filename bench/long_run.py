@@ -93,7 +93,6 @@ def _flat(samples: list[Sample]) -> bool:
     grown = statistics.median(s.worker_kb for s in last) - statistics.median(s.worker_kb for s in first)
     p50 = [statistics.median(s.p50_us for s in part) / 1000 for part in (first, last)]
     p99 = [statistics.median(s.p99_us for s in part) / 1000 for part in (first, last)]
-    print(
-        f"worker memory {grown / 1024:+.1f} MB, p50 {p50[0]:.2f} -> {p50[1]:.2f} ms, p99 {p99[0]:.2f} -> {p99[1]:.2f} ms"
-    )
+    latency = f"p50 {p50[0]:.2f} -> {p50[1]:.2f} ms, p99 {p99[0]:.2f} -> {p99[1]:.2f} ms"
+    print(f"worker memory {grown / 1024:+.1f} MB, {latency}")
     return grown <= MEMORY_KB
