@@ -1,6 +1,6 @@
 """One job's events on their way to the log: what waits, what is frozen into a call, what was acknowledged. Pure.
 
-    text(), event() ──> waiting ──freeze()──> frame ──answered("ok")──> kept (the last 64 KB)
+    text(), event() ──> waiting ──freeze()──> frame ──answered("ok")──> kept (the last 32 KB)
                                                 │
                                                 └─ unanswered: sent again, byte for byte
 
@@ -29,8 +29,12 @@ MAX_TEXT: Final = 16 * 1024
 FULL: Final = 256 * 1024
 """Characters waiting at which the upstream is no longer read."""
 
-KEPT: Final = 64 * 1024
-"""Bytes acknowledged that can be sent again, should the server lose them in a failover."""
+KEPT: Final = 32 * 1024
+"""Bytes acknowledged that can be sent again, should the server lose them in a failover: 4,000 chunks of a token each,
+far more than the two seconds that an `everysec` server may lose. In one buffer: 4,000 objects would take 250 KB."""
+
+KEPT_SLACK: Final = KEPT // 4
+"""The buffer is cut back when it exceeds KEPT by this, not at every event."""
 
 _CHUNK_STARTS: Final = (b'"', b"[", b'{"type":"chunk"')
 
@@ -62,8 +66,8 @@ class Outbox:
         self._length = 0  # of self._texts
         self._size = 0  # of everything that waits
         self._frame: Frame | None = None
-        self._kept: deque[bytes] = deque()
-        self._kept_size = 0
+        self._kept = bytearray()  # events, each ended by a newline, which JSON holds only escaped
+        self._kept_count = 0
         self._ending: Ending | None = None
         self._room = asyncio.Event()
         self._settled = asyncio.Event()
@@ -76,7 +80,7 @@ class Outbox:
         self.shown = False
         """Whether a chunk of this attempt was frozen: from then on it may have been seen."""
         self._kept.clear()  # a gap reaches back to the claim of this attempt at most
-        self._kept_size = 0
+        self._kept_count = 0
         self._room.set()
         self._settled.set()
 
@@ -198,20 +202,21 @@ class Outbox:
         self._shrink()
 
     def _keep(self, event: bytes) -> None:
-        self._kept.append(event)
-        self._kept_size += len(event)
-        while self._kept_size > KEPT:
-            self._kept_size -= len(self._kept.popleft())
+        self._kept += event
+        self._kept += b"\n"
+        self._kept_count += 1
+        if len(self._kept) > KEPT + KEPT_SLACK:
+            cut = self._kept.index(b"\n", len(self._kept) - KEPT - 1) + 1
+            self._kept_count -= self._kept.count(b"\n", 0, cut)
+            del self._kept[:cut]
 
     def _go_back(self, frame: Frame, seq: int) -> None:
         """The server lost events that it had acknowledged: send the same ones again, or fail the job honestly."""
         lost = self.seq - seq
         self.seq = seq
         self.usage = self.usage or frame.usage
-        if lost <= len(self._kept):
-            again = [self._kept.pop() for _ in range(lost)][::-1]
-            self._kept_size -= sum(map(len, again))
-            self._waiting.extendleft(reversed([*again, *frame.events]))
+        if lost <= self._kept_count:
+            self._waiting.extendleft(reversed([*self._take_back(lost), *frame.events]))
             return
         self._clear()
         self.finish(
@@ -219,6 +224,13 @@ class Outbox:
             Ending("failed", b"{}", msgspec.json.encode(_LOG_LOST)),
         )
         self._notify("log_lost")
+
+    def _take_back(self, count: int) -> list[bytes]:
+        events = bytes(self._kept).split(b"\n")[:-1]
+        still = len(events) - count
+        self._kept = bytearray(b"".join(event + b"\n" for event in events[:still]))
+        self._kept_count = still
+        return events[still:]
 
     def _stop(self, code: str) -> None:
         self._clear()
