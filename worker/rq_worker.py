@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import redis
+import redis.exceptions
 from rq.command import handle_command, parse_payload
 from rq.defaults import RQ_KEY_PREFIX
 from rq.exceptions import NoSuchJobError
@@ -107,6 +108,14 @@ class StreamWorker(BaseWorker):
         self.subscribe()  # type: ignore[no-untyped-call]
         self.set_state(WorkerStatus.IDLE)
 
+    def unsubscribe(self) -> None:
+        """Stop listening. RQ's own order wakes the thread before it may stop, and often waits a second in vain."""
+        thread: Any = self.pubsub_thread
+        if thread is not None and self.pubsub is not None:
+            thread.stop()
+            self.pubsub.unsubscribe()  # type: ignore[no-untyped-call]  # wakes the thread, which closes it
+            thread.join(timeout=1)
+
     def handle_payload(self, message: Mapping[str, Any]) -> None:
         """A command: stopping a job cancels it; the rest is RQ's (shutdown is a SIGINT to this process)."""
         try:
@@ -184,11 +193,16 @@ class StreamWorker(BaseWorker):
             for entry, status in ended:
                 if entry.rq_job.dependents_key not in waited_for:
                     self._book_end(entry, status, pipe)
-            self.set_state(WorkerStatus.BUSY if self._entries else WorkerStatus.IDLE, pipeline=pipe)
+            self._tell_state(pipe)
             pipe.execute()
         for entry, status in ended:
             if entry.rq_job.dependents_key in waited_for:
-                self._end_with_dependents(entry, status)
+                self._end_for_dependents(entry, status)
+        if waited_for:
+            self._tell_state()
+
+    def _tell_state(self, pipe: Any = None) -> None:
+        self.set_state(WorkerStatus.BUSY if self._entries else WorkerStatus.IDLE, pipeline=pipe)
 
     def _book_start(self, entry: Entry, pipe: Any) -> None:
         job = entry.rq_job
@@ -224,6 +238,17 @@ class StreamWorker(BaseWorker):
             job.cleanup(RESULT_TTL, pipeline=pipe, remove_from_queue=False)
         self.increment_total_working_time(job.ended_at - (job.started_at or job.ended_at), pipe)
         self.cleanup_execution(job, pipeline=pipe, execution=execution)
+
+    def _end_for_dependents(self, entry: Entry, status: str) -> None:
+        try:
+            self._end_with_dependents(entry, status)
+        except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError):
+            raise
+        except Exception as error:  # noqa: BLE001 - RQ's code on what anybody may have written there
+            self.log.warning("the dependents of %s cannot be enqueued: %s", entry.rq_job.id, type(error).__name__)
+            with self.connection.pipeline(transaction=True) as pipe:
+                self._book_end(entry, status, pipe)
+                pipe.execute()
 
     def _end_with_dependents(self, entry: Entry, status: str) -> None:
         """RQ's own way: other RQ jobs wait for this one."""
