@@ -212,9 +212,7 @@ def test_poison_stops_nothing_and_runs_nowhere(world: World, tmp_path: Path, say
     refused = world.outcome(specless).error
     assert refused is not None
     assert refused["code"] == "invalid_spec"
-    say(
-        f"{len(put_aside)} poisoned entries and 2 jobs with broken keys: {len(jobs) + 1} good jobs behind them finished"
-    )
+    say(f"{len(put_aside)} poisoned entries, 2 jobs with broken keys: {len(jobs) + 1} good jobs behind them finished")
     world.redis.delete("rq:job:wrong-type", world.keys.state(broken), world.keys.spec(broken))
     world.redis.zrem(world.keys.open, broken)
 
