@@ -67,11 +67,15 @@ class Line:
         else:
             host, port = options.get("host", "127.0.0.1"), int(options.get("port", 6379))
             _, wire = await loop.create_connection(_Wire, host, port, ssl=self._tls())
-        if password := options.get("password"):
-            user = options.get("username")
-            await _expect_ok(wire, "AUTH", *((user, password) if user else (password,)))
-        if db := int(options.get("db", 0)):
-            await _expect_ok(wire, "SELECT", db)
+        try:
+            if password := options.get("password"):
+                user = options.get("username")
+                await _expect_ok(wire, "AUTH", *((user, password) if user else (password,)))
+            if db := int(options.get("db", 0)):
+                await _expect_ok(wire, "SELECT", db)
+        except BaseException:
+            wire.abort()  # nobody else knows of it yet
+            raise
         return wire
 
     def _tls(self) -> ssl.SSLContext | None:
@@ -91,7 +95,6 @@ class Line:
 async def _expect_ok(wire: _Wire, *command: Any) -> None:
     reply = await wire.ask(*command)
     if isinstance(reply, hiredis.ReplyError):
-        wire.abort()
         raise ConnectionRefusedError(str(reply)[:200])
 
 
