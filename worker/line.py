@@ -122,13 +122,17 @@ class _Wire(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._reader.feed(data)
-        while (reply := self._reader.gets()) is not False:
-            if not self._asked:
-                self.abort()  # nobody asked: this is no Redis
-                return
-            answer = self._asked.popleft()
-            if not answer.done():
-                answer.set_result(reply)
+        try:
+            while (reply := self._reader.gets()) is not False:
+                if not self._asked:
+                    self.abort()  # nobody asked: this is no Redis
+                    return
+                answer = self._asked.popleft()
+                if not answer.done():
+                    answer.set_result(reply)
+        except hiredis.ProtocolError as error:
+            self.connection_lost(error)
+            self.abort()
 
     def connection_lost(self, error: Exception | None) -> None:
         self.lost = True
