@@ -46,6 +46,8 @@ class Line:
             self.close()
             raise self._unavailable(str(error)) from None
         if isinstance(reply, hiredis.ReplyError):
+            if str(reply).startswith("READONLY"):
+                self.close()  # demoted: by now its address may lead to another server
             raise self._unavailable(str(reply)[:200])
         return call.decode(reply)
 
@@ -65,11 +67,15 @@ class Line:
         else:
             host, port = options.get("host", "127.0.0.1"), int(options.get("port", 6379))
             _, wire = await loop.create_connection(_Wire, host, port, ssl=self._tls())
-        if password := options.get("password"):
-            user = options.get("username")
-            await _expect_ok(wire, "AUTH", *((user, password) if user else (password,)))
-        if db := int(options.get("db", 0)):
-            await _expect_ok(wire, "SELECT", db)
+        try:
+            if password := options.get("password"):
+                user = options.get("username")
+                await _expect_ok(wire, "AUTH", *((user, password) if user else (password,)))
+            if db := int(options.get("db", 0)):
+                await _expect_ok(wire, "SELECT", db)
+        except BaseException:
+            wire.abort()  # nobody else knows of it yet
+            raise
         return wire
 
     def _tls(self) -> ssl.SSLContext | None:
@@ -89,7 +95,6 @@ class Line:
 async def _expect_ok(wire: _Wire, *command: Any) -> None:
     reply = await wire.ask(*command)
     if isinstance(reply, hiredis.ReplyError):
-        wire.abort()
         raise ConnectionRefusedError(str(reply)[:200])
 
 
@@ -117,13 +122,17 @@ class _Wire(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._reader.feed(data)
-        while (reply := self._reader.gets()) is not False:
-            if not self._asked:
-                self.abort()  # nobody asked: this is no Redis
-                return
-            answer = self._asked.popleft()
-            if not answer.done():
-                answer.set_result(reply)
+        try:
+            while (reply := self._reader.gets()) is not False:
+                if not self._asked:
+                    self.abort()  # nobody asked: this is no Redis
+                    return
+                answer = self._asked.popleft()
+                if not answer.done():
+                    answer.set_result(reply)
+        except hiredis.ProtocolError as error:
+            self.connection_lost(error)
+            self.abort()
 
     def connection_lost(self, error: Exception | None) -> None:
         self.lost = True
