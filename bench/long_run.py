@@ -1,7 +1,8 @@
 """Many streams for a long time: does memory or latency grow? `python -m bench --long` prints a row every 30 s.
 
 Flat: the median memory of the worker in the last third of the time is at most 8 MB above that of the middle third (the
-budget of one long answer; the first third fills each job's buffer of what may have to be sent again, up to 40 KB). Latencies are printed beside it; how they compare depends on what else the machine does.
+budget of one long answer; the first third fills each job's buffer of what may have to be sent again, up to 40 KB).
+Latencies are printed beside it; how they compare depends on what else the machine does.
 """
 
 from __future__ import annotations

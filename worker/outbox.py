@@ -69,6 +69,7 @@ class Outbox:
         self._kept = bytearray()  # events, each ended by a newline, which JSON holds only escaped
         self._kept_count = 0
         self._ending: Ending | None = None
+        self._abandoned = False
         self._room = asyncio.Event()
         self._settled = asyncio.Event()
         self.begin(attempt, seq)
@@ -88,6 +89,8 @@ class Outbox:
 
     def text(self, index: int, text: str, n: int = 1) -> None:
         """Content of a choice; merges with what waits of the same choice."""
+        if self._abandoned:
+            return
         if self._texts and (index != self._index or self._length >= MAX_TEXT):
             self._close_text()
         self._index = index
@@ -103,6 +106,8 @@ class Outbox:
 
     def event(self, event: bytes) -> None:
         """Any other event, in compact form."""
+        if self._abandoned:
+            return
         self._close_text()
         self._waiting.append(event)
         self._grow(len(event))
@@ -111,6 +116,17 @@ class Outbox:
         """The terminal event. Nothing may follow."""
         self.event(event)
         self._ending = ending
+
+    @property
+    def finishing(self) -> bool:
+        """Whether the terminal event is on its way: the answer is whole, and nothing may be taken out of it."""
+        return self._ending is not None
+
+    def abandon(self) -> None:
+        """The attempt is given up: what waits is dropped and what still comes is ignored, so that no gap is written."""
+        self._clear()
+        self._abandoned = True
+        self._shrink()
 
     def drop_chunks(self) -> None:
         """Forget the chunks nobody has seen, because the attempt they belong to broke."""
@@ -233,7 +249,7 @@ class Outbox:
         return events[still:]
 
     def _stop(self, code: str) -> None:
-        self._clear()
+        self.abandon()
         self._notify(code)
 
     def _clear(self) -> None:

@@ -89,8 +89,9 @@ class Relay:
         return status
 
     def hand_over(self) -> None:
-        """Stop, and give the job back at once so that another worker takes it."""
-        self._interrupt("released")
+        """Stop, and give the job back at once so that another worker takes it; not when only its end is unwritten."""
+        if not self._outbox.finishing:
+            self._interrupt("released")
 
     def look(self) -> None:
         """Ask now, not with the next heartbeat, whether the job is still ours."""
@@ -109,7 +110,7 @@ class Relay:
             await self._outbox.settled()  # the `failed` event that says so
             return "failed"
         if code == "released":
-            self._outbox.drop_chunks()
+            self._outbox.abandon()  # not only the chunks: an end without them would be a lie
             release = calls.release(
                 self._services.keys, self.job_id, self._outbox.holder, lease=self._services.settings.lease
             )

@@ -220,3 +220,34 @@ def test_a_full_buffer_pauses_the_upstream_and_loses_nothing(make_world: Callabl
     world.check(job_id)
     assert starts(world, job_id) == [(1, None)]
     assert worker.alive
+
+
+@pytest.mark.parametrize("after", [0.05, 1.5])
+def test_a_shutdown_while_redis_stands_still_cuts_no_answer(
+    make_world: Callable[..., World], durable: Valkey, after: float
+) -> None:
+    """The answer is whole and its end waits to be written: a hurried shutdown must not take text out of it.
+
+    Redis is frozen before the second half of the answer; the worker is told to end twice; then Redis goes on.
+    """
+    world = make_world(durable.url)
+    prompt = f"whole or not at all, {after}"
+    world.upstream.on(answer(Text(10, seed=1), WaitFor("half"), Text(20, 0.01, seed=2)), prompt=prompt)
+    hurried = world.worker()
+    job_id = world.submit(prompt)
+    world.held("half")
+    world.wait_for_seq(job_id, 2)
+    os.kill(durable.pid, signal.SIGSTOP)
+    world.upstream.open_gate("half")
+    [exchange] = world.upstream.requests_for(prompt)
+    wait_until(lambda: exchange.outcome == "finished", "the upstream has said everything")
+    hurried.terminate()
+    hurried.wait_for("worker.stopping")
+    hurried.terminate()
+    told = time.monotonic()
+    wait_until(lambda: time.monotonic() - told >= after, "the moment Redis goes on")
+    os.kill(durable.pid, signal.SIGCONT)
+    world.worker()
+    result = world.outcome(job_id)
+    assert (result.status, result.text) == ("completed", expected_text(10, 1) + expected_text(20, 2))
+    world.check(job_id)
