@@ -165,6 +165,24 @@ def test_more_lost_than_is_kept_is_said(outbox: Outbox, stops: list[str]) -> Non
     assert outbox.ended
 
 
+def test_what_was_sent_again_is_not_counted_twice(outbox: Outbox, stops: list[str]) -> None:
+    """After a gap that could be filled, a deeper one that cannot is still told from it."""
+    for _ in range(12):
+        outbox.text(0, "x" * MAX_TEXT)
+        outbox.freeze()
+        outbox.answered("ok", outbox.seq + 1)
+    outbox.freeze()
+    outbox.answered("gap", 9)
+    assert stops == []
+    while outbox.waiting:
+        frame = outbox.freeze()
+        outbox.answered("ok", frame.first + len(frame.events) - 1)
+    assert outbox.seq == 12
+    outbox.freeze()
+    outbox.answered("gap", 12 - 2 * KEPT // MAX_TEXT)
+    assert stops == ["log_lost"]
+
+
 def test_a_new_attempt_sends_nothing_of_the_old_one_again(outbox: Outbox, stops: list[str]) -> None:
     """A gap below the claim of this attempt cannot be filled with events of the one before."""
     outbox.text(0, "old")
