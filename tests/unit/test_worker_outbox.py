@@ -167,19 +167,19 @@ def test_more_lost_than_is_kept_is_said(outbox: Outbox, stops: list[str]) -> Non
 
 def test_what_was_sent_again_is_not_counted_twice(outbox: Outbox, stops: list[str]) -> None:
     """After a gap that could be filled, a deeper one that cannot is still told from it."""
-    for _ in range(12):
-        outbox.text(0, "x" * MAX_TEXT)
+    for _ in range(24):
+        outbox.text(0, "x" * (KEPT // 8))  # so that 7 to 9 are kept
         outbox.freeze()
         outbox.answered("ok", outbox.seq + 1)
     outbox.freeze()
-    outbox.answered("gap", 9)
+    outbox.answered("gap", 24 - 5)
     assert stops == []
     while outbox.waiting:
         frame = outbox.freeze()
         outbox.answered("ok", frame.first + len(frame.events) - 1)
-    assert outbox.seq == 12
+    assert outbox.seq == 24
     outbox.freeze()
-    outbox.answered("gap", 12 - 2 * KEPT // MAX_TEXT)
+    outbox.answered("gap", 24 - 11)
     assert stops == ["log_lost"]
 
 
