@@ -1,7 +1,7 @@
 -- repack: move an ended log, step by step, into large packs; nobody at any cursor sees a difference but in `at`.
 --
 -- KEYS  1 state  2 log  3 the log that is being built  4 repack (ended jobs to do, by when to look at them)
--- ARGV  1 job id  2 packs to read at most  3 bytes a new pack may have  4 ms the unfinished copy lives
+-- ARGV  1 job id  2 packs to read at most  3 bytes a new pack may have  4 ms the unfinished copy lives at most
 -- Returns 'more'  there are further steps   'done'  the new log is in place, or there was nothing to gain
 --         'gone'  no such job, or it has not ended
 -- Restartable: the copy's last id says where to go on, so a step may be repeated, by another process too. The copy expires
@@ -48,7 +48,8 @@ end
 flush()
 
 if #packs == tonumber(ARGV[2]) then
-  redis.call('PEXPIRE', KEYS[3], ARGV[4])
+  -- Not beyond the job's own life: the next job of this id must not find it.
+  redis.call('PEXPIRE', KEYS[3], math.min(tonumber(ARGV[4]), redis.call('PTTL', KEYS[1])))
   return 'more'
 end
 if redis.call('EXISTS', KEYS[3]) == 1 then
