@@ -14,6 +14,7 @@ import structlog
 from millstream import calls
 from millstream.async_client import AsyncClient
 from millstream.errors import RedisUnavailable
+from millstream.job import ID_PATTERN
 
 EVERY: Final = 1.0
 """Seconds between looks when there is nothing to do."""
@@ -41,8 +42,12 @@ class Repacker:
 
     async def _look(self) -> bool:
         keys = self._client.keys
-        found = [each.decode() for each in await self._client.redis.zrange(keys.repack, 0, BATCH - 1)]
-        for job_id in found:
+        found = await self._client.redis.zrange(keys.repack, 0, BATCH - 1)
+        for member in found:
+            job_id = member.decode(errors="replace")
+            if not ID_PATTERN.fullmatch(job_id):  # somebody else wrote it
+                await self._client.redis.zrem(keys.repack, member)
+                continue
             while await self._client.run(calls.repack(keys, job_id)) == "more":
                 pass  # each step is a call of its own, between which whoever waits is served
         return len(found) == BATCH
