@@ -48,14 +48,19 @@ local function step()
   end
   flush()
 
+  local left = redis.call('PTTL', KEYS[1]) -- -1: somebody keeps the job
   if #packs == tonumber(ARGV[2]) then
     -- Not beyond the job's own life: the next job of this id must not find it.
-    redis.call('PEXPIRE', KEYS[3], math.min(tonumber(ARGV[4]), redis.call('PTTL', KEYS[1])))
+    redis.call('PEXPIRE', KEYS[3], left < 0 and ARGV[4] or math.min(left, tonumber(ARGV[4])))
     return 'more'
   end
   if redis.call('EXISTS', KEYS[3]) == 1 then
     redis.call('RENAME', KEYS[3], KEYS[2])
-    redis.call('PEXPIRE', KEYS[2], redis.call('PTTL', KEYS[1]))
+    if left < 0 then
+      redis.call('PERSIST', KEYS[2])
+    else
+      redis.call('PEXPIRE', KEYS[2], left)
+    end
   end
   redis.call('ZREM', KEYS[4], ARGV[1])
   return 'done'
