@@ -67,7 +67,6 @@ def submit(keys: Keys, settings: Settings, job_id: str, spec: Spec) -> Call[bool
         delivery.queue_key, delivery.rq_id, *delivery.flat_fields,
     ]  # fmt: skip
     names = [keys.spec(job_id), keys.state(job_id), keys.open, delivery.queue_key, QUEUES_KEY, delivery.job_key]
-    names.append(keys.building(job_id))
 
     def decode(reply: Sequence[bytes]) -> bool:
         if reply[0] == b"conflict":

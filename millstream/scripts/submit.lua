@@ -1,7 +1,6 @@
 -- submit: accept a job and put its first delivery into the RQ queue, all at once or not at all.
 --
 -- KEYS  1 spec  2 state  3 open  4 the RQ queue's list  5 RQ's set of queues  6 the delivery's RQ job hash
---       7 the copy that a repack of an earlier job of this id may have left
 -- ARGV  1 spec (JSON)  2 job id  3 lane  4 model  5 retention (ms)  6 max attempts  7 expires (ms from now, or '')
 --       8 patience (ms): when a sweep first asks whether the queue entry is still there
 --       9 the queue's name as RQ's set of queues holds it  10 RQ job id
@@ -21,7 +20,6 @@ end
 
 local t = redis.call('TIME')
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
-redis.call('DEL', KEYS[7])
 redis.call('SET', KEYS[1], ARGV[1])
 redis.call('HSET', KEYS[2], 'seq', 0, 'status', 'queued', 'attempt', 0, 'broken', 0,
   'lane', ARGV[3], 'model', ARGV[4], 'created', now, 'retention', ARGV[5], 'max_attempts', ARGV[6])
