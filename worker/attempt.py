@@ -234,8 +234,8 @@ class Attempt:
     def _pass_on(self, answer: Answer, clock: Clock, ticket: Ticket, parts: Sequence[Part]) -> None:
         content = ended = False
         for part in parts:
-            answer.take(part)
             if isinstance(part, Piece):
+                answer.pieces += 1  # what answer.take would do: this is once for every token
                 content = True
                 if part.delta is None:
                     self._outbox.text(part.index, part.text)
@@ -244,8 +244,9 @@ class Attempt:
                 if self._partial is not None:
                     self._partial.add(part.index, part.text, part.delta)
                     self._tokens += 1
-            elif isinstance(part, Finish):
-                ended = True
+            else:
+                answer.take(part)
+                ended = ended or isinstance(part, Finish)
         if content:
             ticket.answered()
             now = clock.content()

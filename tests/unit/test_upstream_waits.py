@@ -16,6 +16,7 @@ NOW = 1_795_352_254.0
 SAID = [
     ({"retry-after-ms": "1500"}, 1.5),
     ({"retry-after-ms": "1500", "retry-after": "9"}, 1.5),
+    ({"retry-after-ms": "soon", "retry-after": "3"}, 3.0),
     ({"retry-after": "2"}, 2.0),
     ({"retry-after": "0.25"}, 0.25),
     ({"Retry-After": "7"}, 7.0),
@@ -46,6 +47,7 @@ SAID = [
 UNKNOWN = [
     {}, {"retry-after": "0"}, {"retry-after": "-1"}, {"retry-after": "nan"}, {"retry-after": "inf"},
     {"retry-after": "soon"}, {"retry-after": "86401"}, {"retry-after-ms": "0"}, {"retry-after": "1e400"},
+    {"retry-after-ms": "-5"},
     {"retry-after": email.utils.formatdate(NOW - 30, usegmt=True)}, {"retry-after": "9" * 5000},
     {"retry-after": "Mon, 99 Foo 99999 99:99:99 GMT"},
     {"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "-1"},

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worker.upstream import Answer, Finish, Piece, UpstreamFailure, Usage
-from worker.upstream.chunks import Part, named, parts
+from worker.upstream.chunks import Chunks, Part
 
 
 def chunk(*choices: Any, **fields: Any) -> bytes:
@@ -22,7 +22,7 @@ def choice(index: int = 0, finish: str | None = None, **delta: Any) -> dict[str,
 
 
 def read(data: bytes) -> list[Part]:
-    return list(parts(data))
+    return list(Chunks().parts(data))
 
 
 CARRIED: dict[str, tuple[bytes, list[Part]]] = {
@@ -139,15 +139,15 @@ def test_any_json_gives_parts_or_a_failure(value: Any) -> None:
 
 def test_named_events_are_errors_or_nothing() -> None:
     """`event: error` is a failure, in JSON or not; pings and others carry nothing."""
-    named("ping", b"{}")
-    named("anything", b"\xff")
+    assert list(Chunks().named("ping", b"{}")) == []
+    assert list(Chunks().named("anything", b"\xff")) == []
     for data, message in (
         (b'{"message":"Busy"}', "Busy"),
         (b'{"error":{"message":"Busy"}}', "Busy"),
         (b"Busy", "Busy"),
     ):
         with pytest.raises(UpstreamFailure) as caught:
-            named("error", data)
+            list(Chunks().named("error", data))
         assert caught.value.message == message
 
 

@@ -52,7 +52,7 @@ class SseDecoder:
         if (
             packet[:6] == b"data: "
             and packet.find(b"\n") == len(packet) - 2
-            and not (self._tails or self._data or self._name)
+            and not (self._tail or self._data or self._name)
             and packet[-1:] == b"\n"
             and b"\r" not in packet
         ):
