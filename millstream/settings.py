@@ -97,6 +97,12 @@ class Settings:
     )
     api_key: str | None = _setting("OPENAI_API_KEY", str, None, "the upstream's key", secret=True)
     base_url: str = _setting("OPENAI_BASE_URL", _http_url, "https://api.openai.com/v1", "the upstream's address")
+    upstreams: str | None = _setting(
+        PREFIX_VARIABLE + "UPSTREAMS", str, None, "a TOML file that names several upstreams (docs/upstreams.md)"
+    )
+    breaker: bool = _setting(
+        PREFIX_VARIABLE + "BREAKER", _flag, True, "spare an upstream that is down: retry budget and breaker"
+    )
     prefix: str = _setting(PREFIX_VARIABLE + "PREFIX", _prefix, DEFAULT_PREFIX, "first part of every name in Redis")
     model: str = _setting(PREFIX_VARIABLE + "MODEL", str, "gpt-4o-mini", "model of jobs that name none")
     streams: int = _setting(PREFIX_VARIABLE + "STREAMS", _whole(1, 10_000), 200, "jobs one worker runs at once")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from millstream.settings import Settings, describe
 from . import log, redis_checks
 from .process import Process
 from .rq_worker import StreamWorker, check_release
+from .upstream import UpstreamSettings, load
 
 USAGE, UNREACHABLE = 2, 5
 """Exit statuses, as in the producer."""
@@ -51,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if asked.streams is not None and not 1 <= asked.streams <= 10_000:
             return _say(f"--streams: found {asked.streams}, expected 1 to 10000", USAGE)
         settings = Settings.from_env(streams=asked.streams)
+        upstreams = load(settings, os.environ)  # which names the variables that hold the keys
         log.configure(settings.log)
         connection = connect(settings.redis_url)
         redis_checks.check(connection, settings)
@@ -59,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             worker = StreamWorker([settings.keys.queue(lane) for lane in lanes], connection, asked.name)
         _spare_the_collector()
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            sound = runner.run(_run(worker, settings, burst=asked.burst))
+            sound = runner.run(_run(worker, settings, upstreams, burst=asked.burst))
     except RedisUnavailable as error:
         return _say(str(error), UNREACHABLE)
     except MillstreamError as error:
@@ -69,8 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if sound else 1
 
 
-async def _run(worker: StreamWorker, settings: Settings, *, burst: bool) -> bool:
-    return await Process(worker, settings).run(burst=burst)
+async def _run(worker: StreamWorker, settings: Settings, upstreams: Sequence[UpstreamSettings], *, burst: bool) -> bool:
+    return await Process(worker, settings, upstreams).run(burst=burst)
 
 
 def _spare_the_collector() -> None:

@@ -13,6 +13,9 @@ from typing import Final
 TICK: Final = 0.1
 """Seconds between looks; a clock strikes at most this late."""
 
+TAIL: Final = 5.0
+"""Seconds that a finished answer is waited for its usage and the end of its stream."""
+
 
 class Clock:
     """One request's clocks. `strike(code)` is called once, when the first of them runs out."""
@@ -32,6 +35,11 @@ class Clock:
         """Content has come; returns the time."""
         self._seen = self._loop.time()
         return self._seen
+
+    def tail(self) -> None:
+        """Every choice has ended; what may still come comes soon."""
+        self._seen = self._loop.time()
+        self._idle = min(self._idle, TAIL)
 
     def pause(self) -> None:
         """We stop reading."""

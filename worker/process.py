@@ -21,6 +21,7 @@ from millstream.errors import RedisUnavailable, SpecError
 from millstream.job import Spec
 from millstream.settings import Settings
 
+from .choice import GuardedUpstream, Upstreams
 from .clerk import Clerk
 from .clocks import Ticker
 from .intake import Intake
@@ -29,7 +30,7 @@ from .relay import Relay, Services
 from .repacker import Repacker
 from .rq_worker import Entry, StreamWorker
 from .sweeper import Sweeper
-from .upstream import Upstream
+from .upstream import UpstreamSettings
 from .writer import Writer
 
 HAND_OVER = 5.0
@@ -41,7 +42,7 @@ log = structlog.get_logger()
 class Process:
     """Everything one worker process runs."""
 
-    def __init__(self, worker: StreamWorker, settings: Settings) -> None:
+    def __init__(self, worker: StreamWorker, settings: Settings, upstreams: Sequence[UpstreamSettings]) -> None:
         self._worker = worker
         self._settings = settings
         self._stopping = asyncio.Event()
@@ -51,11 +52,9 @@ class Process:
         self._client = AsyncClient(settings=settings)
         self._line = Line(settings.redis_url)
         self._clerk = Clerk(worker)
-        self._upstream = Upstream(
-            settings.base_url,
-            settings.api_key,
-            connections=settings.streams + 16,
-            connect_timeout=settings.connect_timeout,
+        connections, patience = settings.streams + 16, settings.connect_timeout
+        self._upstreams = Upstreams(
+            [GuardedUpstream(each, connections=connections, connect_timeout=patience) for each in upstreams]
         )
         self._services = Services(
             run=self._client.run,
@@ -65,7 +64,7 @@ class Process:
                 self._line.run, settings.keys, settings.lease, settings.flush_ms and settings.flush_ms / 1000
             ),
             ticker=Ticker(),
-            upstream=self._upstream,
+            upstreams=self._upstreams,
             worker=worker.name,
         )
         self._intake = Intake(self._client, worker, self._clerk, settings.streams, self._begin)
@@ -95,7 +94,7 @@ class Process:
             await _end(services[1:])
             await self._clerk.close()
             await _end(services[:1])
-            await self._upstream.close()
+            await self._upstreams.close()
             await self._client.close()
             self._line.close()
         log.info("worker.stopped", worker=self._worker.name)

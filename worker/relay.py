@@ -2,17 +2,18 @@
 
     started ─> chunks ... ─> completed | incomplete
        ^          │
-       │          └ the stream breaks: nothing shown yet ─> asked again in silence (retries.py)
-       └────────────────────────────── shown already ─────> a new attempt, or failed, as `on_break` says
+       │          ├ the stream breaks: nothing shown yet ─> asked again in silence (retries.py)
+       │          ├ shown, the job says `continue` and the upstream can ─> resumed: it goes on from the text
+       └──────────┴ shown already ─> a new attempt, or failed, as `on_break` says
 
-A stop (cancelled elsewhere, fenced, handed over) and a clock both end the reading by cancelling this task; which of
-them it was stands in `_stopped` and in the clock.
+A wait that is too long for memory gives the job back to the queue with its time. A stop (cancelled elsewhere, fenced,
+handed over) and a clock both end the reading by cancelling this task; which of them it was stands in `_stopped` and in
+the clock.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,17 +28,15 @@ from millstream.job import Spec
 from millstream.keys import Keys
 from millstream.settings import Settings
 
-from .clocks import Clock, Ticker
+from .attempt import Attempt, Means
+from .choice import Upstreams
+from .clocks import Ticker
 from .outbox import Outbox
-from .retries import ANNOUNCED, persist
-from .upstream import Answer, Piece, Upstream, UpstreamFailure, Verdict
-from .upstream.chunks import Part
+from .retries import HandBack, persist
+from .upstream import UpstreamFailure, Verdict
 from .writer import Run, Writer
 
 log = structlog.get_logger()
-
-USAGE_EVERY = 1.0
-"""Seconds between running usage estimates in the state: what a cancelled job is billed by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +48,7 @@ class Services:
     settings: Settings
     writer: Writer
     ticker: Ticker
-    upstream: Upstream
+    upstreams: Upstreams
     worker: str
 
 
@@ -63,10 +62,10 @@ class Relay:
         self._spec = spec if isinstance(spec, Spec) else Spec(model="", messages=[])
         self._claim = claim
         self._outbox = Outbox(job_id, services.keys.written(job_id), token, claim.attempt, claim.seq, self._interrupt)
-        self._prompt_bytes = len(msgspec.json.encode(self._spec.messages))
+        self._means = Means(services.settings, services.writer, services.ticker, services.worker)
+        self._attempt = self._begin(again=False)
         self._stopped: str | None = None
         self._task: asyncio.Task[Any] | None = None
-        self._usage_at = 0.0
         self._log = log.bind(job=job_id)
 
     async def run(self) -> str:
@@ -102,113 +101,65 @@ class Relay:
             return "failed"
         if code == "released":
             self._outbox.drop_chunks()
-            release = calls.release(
-                self._services.keys, self.job_id, self._outbox.holder, lease=self._services.settings.lease
-            )
-            return str(await self._services.run(release))
+            return await self._release()
         return code
+
+    async def _release(self, delay: float = 0.0, waits_for: bytes = b"") -> str:
+        services = self._services
+        release = calls.release(
+            services.keys, self.job_id, self._outbox.holder,
+            lease=services.settings.lease, delay=delay, waits_for=waits_for,
+        )  # fmt: skip
+        return str(await services.run(release))
+
+    async def _hand_back(self, wait: HandBack) -> str:
+        """Wait in the queue: no slot is held meanwhile, a cancel works, and a sweep delivers the job at its time."""
+        await self._outbox.settled()
+        self._stopped = self._stopped or "waits"  # from the release on, a heartbeat is answered `fenced`
+        self._log.info("job.handed_back", upstream=wait.upstream, delay=round(wait.delay, 3))
+        waits_for = msgspec.json.encode({"what": "upstream", "upstream": wait.upstream})
+        return await self._release(wait.delay, waits_for)
+
+    def _begin(self, *, again: bool) -> Attempt:
+        serving = self._services.upstreams.serving(self._spec.model)
+        return Attempt(
+            self._means, self._spec, self._outbox, self._claim, serving,
+            again=again, interrupted=lambda: self._stopped is not None,
+        )  # fmt: skip
 
     async def _stream(self) -> str:
         if self._refusal is not None:  # somebody else wrote it: a producer's library checks before it sends
             return await self._fail(UpstreamFailure("invalid_spec", str(self._refusal), retryable=False))
+        if not self._services.upstreams.serving(self._spec.model):
+            what = f"no upstream of this worker serves the model {self._spec.model!r}"
+            return await self._fail(UpstreamFailure("model_not_served", what, retryable=False))
         while True:
-            self._announce_start()
+            attempt = self._attempt
             try:
                 verdict = await persist(
-                    self._request,
+                    attempt.request,
                     retries=self._services.settings.retries,
-                    may_retry=lambda failure: failure.retryable and not self._outbox.shown,
-                    announce=self._announce_retry,
+                    may_retry=attempt.may_ask_again,
+                    announce=attempt.announce_retry,
                 )
+            except HandBack as wait:
+                return await self._hand_back(wait)
             except UpstreamFailure as failure:
                 self._log.warning("upstream.failed", code=failure.code, status=failure.status, shown=self._outbox.shown)
-                if not self._may_restart(failure):
+                if attempt.may_go_on(failure):
+                    attempt.go_on()
+                elif not self._may_restart(failure):
                     return await self._fail(failure)
-                if (stopped := await self._restart()) is not None:
+                elif (stopped := await self._restart()) is not None:
                     return stopped
             else:
                 return await self._end(verdict)
 
-    # One request -------------------------------------------------------------------------------------------------
-
-    async def _request(self) -> Verdict:
-        settings, task = self._services.settings, self._task
-        assert task is not None
-        clock = Clock(
-            settings.first_token_timeout,
-            settings.idle_timeout,
-            self._spec.timeout or settings.total_timeout,
-            task.cancel,
-        )
-        self._services.ticker.add(clock)
-        try:
-            return await self._read(clock)
-        except UpstreamFailure:
-            self._outbox.drop_chunks()  # unseen ones: the next request brings them again
-            raise
-        except asyncio.CancelledError:
-            if clock.struck is None or self._stopped is not None:
-                raise
-            task.uncancel()
-            self._outbox.drop_chunks()
-            raise _out_of_time(clock.struck) from None
-        finally:
-            self._services.ticker.remove(clock)
-
-    async def _read(self, clock: Clock) -> Verdict:
-        answer = Answer(choices=self._spec.params.get("n") or 1, prompt_bytes=self._prompt_bytes)
-
-        def take(parts: Sequence[Part]) -> bool:
-            if parts:
-                self._pass_on(answer, clock, parts)
-            return not self._outbox.full
-
-        async def room() -> None:
-            clock.pause()
-            await self._outbox.room()
-            clock.resume()
-
-        async with self._services.upstream.ask(self._spec) as stream:
-            await stream.play(take, room)
-        return answer.verdict(done=stream.done)
-
-    def _pass_on(self, answer: Answer, clock: Clock, parts: Sequence[Part]) -> None:
-        content = False
-        for part in parts:
-            answer.take(part)
-            if isinstance(part, Piece):
-                content = True
-                if part.delta is None:
-                    self._outbox.text(part.index, part.text)
-                else:
-                    self._outbox.event(compact("chunk", index=part.index, n=1, delta=part.delta))
-        if content:
-            now = clock.content()
-            if now - self._usage_at >= USAGE_EVERY:
-                self._usage_at = now
-                self._outbox.usage = msgspec.json.encode(answer.usage)
-            self._services.writer.notify(self._outbox)
-
     # Attempts ----------------------------------------------------------------------------------------------------
 
-    def _announce_start(self) -> None:
-        event = compact(
-            "started",
-            worker=self._services.worker,
-            model=self._spec.model,
-            upstream=self._services.upstream.name,
-            reason=self._claim.reason if self._claim.attempt > 1 else None,
-        )
-        self._put(event)
-        self._log.info("job.started", attempt=self._claim.attempt, model=self._spec.model, reason=self._claim.reason)
-
-    def _announce_retry(self, failure: UpstreamFailure, delay: float) -> None:
-        self._log.info("upstream.retry", code=failure.code, status=failure.status, delay=round(delay, 3))
-        if delay > ANNOUNCED:
-            self._put(compact("retrying", error=failure.error, delay=round(delay, 3)))
-
     def _may_restart(self, failure: UpstreamFailure) -> bool:
-        return failure.retryable and self._outbox.shown and self._spec.on_break != "fail" and not self._exhausted
+        worth_it = failure.retryable or self._attempt.refused  # a refusal to go on is none of the whole request
+        return worth_it and self._outbox.shown and self._spec.on_break != "fail" and not self._exhausted
 
     @property
     def _exhausted(self) -> bool:
@@ -216,6 +167,7 @@ class Relay:
 
     async def _restart(self) -> str | None:
         """Begin a further attempt; what was shown is void. Returns why not, if the job is no longer ours."""
+        self._outbox.drop_chunks()
         await self._outbox.settled()  # no event of the old attempt may follow the claim
         services, outbox = self._services, self._outbox
         claim = await services.run(
@@ -225,6 +177,9 @@ class Relay:
             return str(claim.outcome)
         self._claim = claim
         outbox.begin(claim.attempt, claim.seq)
+        if self._attempt.refused:  # it would refuse the next time, too
+            self._spec = msgspec.structs.replace(self._spec, on_break="restart")
+        self._attempt = self._begin(again=True)
         return None
 
     # Endings -----------------------------------------------------------------------------------------------------
@@ -240,8 +195,10 @@ class Relay:
             last = f"{failure.code}: {failure.message}"
             tried = f"{self._claim.max_attempts} attempts broke or were lost; the last one: {last}"
             error = {**error, "code": "attempts_exhausted", "message": tried}
-        event = compact("failed", finish_reasons={}, error=error)
-        return await self._finish(event, Ending("failed", b"{}", msgspec.json.encode(error)), b"")
+        usage = self._attempt.usage
+        event = compact("failed", finish_reasons={}, error=error, usage=usage)
+        ending = Ending("failed", b"{}", msgspec.json.encode(error))
+        return await self._finish(event, ending, b"" if usage is None else msgspec.json.encode(usage))
 
     async def _finish(self, event: bytes, ending: Ending, usage: bytes) -> str:
         self._outbox.usage = usage or self._outbox.usage
@@ -249,16 +206,3 @@ class Relay:
         self._services.writer.notify(self._outbox)
         await self._outbox.settled()
         return ending.status
-
-    def _put(self, event: bytes) -> None:
-        self._outbox.event(event)
-        self._services.writer.notify(self._outbox)
-
-
-def _out_of_time(code: str) -> UpstreamFailure:
-    words = {
-        "first_token_timeout": "no content came in time; MILLSTREAM_FIRST_TOKEN_TIMEOUT sets the time",
-        "idle_timeout": "the stream stalled; MILLSTREAM_IDLE_TIMEOUT sets the time",
-        "total_timeout": "the answer took too long; the job's timeout or MILLSTREAM_TOTAL_TIMEOUT sets the time",
-    }
-    return UpstreamFailure(code, words[code], retryable=code != "total_timeout")

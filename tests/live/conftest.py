@@ -31,6 +31,7 @@ SHORT: Final = {
     "MILLSTREAM_LEASE": f"{LEASE:g}",
     "MILLSTREAM_GRACE": "20",
     "MILLSTREAM_CONNECT_TIMEOUT": "1",
+    "MILLSTREAM_BREAKER": "0",  # tests about failing upstreams share a worker; those about the breaker turn it on
 }
 
 

@@ -88,8 +88,8 @@ def test_a_stalled_stream_is_cancelled(shared: World) -> None:
 def test_a_job_that_waits_to_ask_again_is_cancelled(shared: World) -> None:
     """Between two tries of a busy upstream there is no socket to close, and no further request comes."""
     prompt = "asked to wait"
-    shared.upstream.on(error(503, headers={"retry-after": "30"}), prompt=prompt)
-    job_id = shared.submit(prompt)
+    shared.upstream.on(error(503, headers={"retry-after": "4"}), prompt=prompt)
+    job_id = shared.submit(prompt, model="busy")
     consumer = Consumer(shared.make_client, [job_id])
     consumer.wait_for(2)
     assert consumer.events[job_id][1].type == "retrying"

@@ -1,9 +1,13 @@
-"""The upstream: an OpenAI-compatible API, asked through the openai package and read as bytes."""
+"""The upstreams: OpenAI-compatible APIs, asked through the openai package and read as bytes."""
 
 from .answer import Answer, Verdict
-from .chunks import Finish, Piece, Usage
+from .chunks import Finish, Part, Piece, Usage
 from .client import Upstream
+from .config import UpstreamSettings, load
 from .failures import UpstreamFailure
 from .stream import Stream
 
-__all__ = ["Answer", "Finish", "Piece", "Stream", "Upstream", "UpstreamFailure", "Usage", "Verdict"]
+__all__ = [
+    "Answer", "Finish", "Part", "Piece", "Stream", "Upstream", "UpstreamFailure", "UpstreamSettings", "Usage",
+    "Verdict", "load",
+]  # fmt: skip

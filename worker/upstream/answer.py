@@ -1,7 +1,7 @@
 """Is the answer whole? What the upstream said about each choice, and what that amounts to. Pure.
 
 `completed` only when every requested choice has a finish reason that means the end and no error was seen. `[DONE]`,
-a closed connection or silence prove nothing.
+a closed connection or silence prove nothing, but for upstreams whose settings say that `[DONE]` is their way.
 """
 
 from __future__ import annotations
@@ -34,6 +34,12 @@ class Answer:
 
     choices: int = 1
     prompt_bytes: int = 0
+    allowed: frozenset[str] = frozenset()
+    """Finish reasons that mean a whole answer besides COMPLETE."""
+    done_is_enough: bool = False
+    """Whether `[DONE]` alone means that all choices ended well."""
+    earlier: dict[str, Any] | None = None
+    """The usage of the requests that this one goes on from."""
     reasons: dict[int, str] = field(default_factory=dict)
     pieces: int = 0
     measured: dict[str, Any] | None = None
@@ -48,19 +54,25 @@ class Answer:
             self.measured = part.usage
 
     @property
+    def finished(self) -> bool:
+        """Whether every choice has its finish reason; only the usage may still come."""
+        return all(index in self.reasons for index in range(self.choices))
+
+    @property
     def usage(self) -> dict[str, Any]:
         """The upstream's count, else an estimate marked as one: a piece is about a token."""
-        if self.measured is not None:
-            return self.measured
         prompt = -(-self.prompt_bytes // BYTES_PER_TOKEN)
-        return {
+        estimate = {
             "prompt_tokens": prompt, "completion_tokens": self.pieces, "total_tokens": prompt + self.pieces,
             "estimated": True,
         }  # fmt: skip
+        return _summed(self.earlier, self.measured or estimate)
 
     def verdict(self, *, done: bool) -> Verdict:
         """What it amounts to now that the stream is over; `done`: a `[DONE]` was seen. Raises UpstreamFailure."""
-        known = COMPLETE | INCOMPLETE
+        if done and self.done_is_enough:
+            self.reasons = dict.fromkeys(range(self.choices), "stop") | self.reasons
+        known = COMPLETE | INCOMPLETE | self.allowed
         for index, reason in self.reasons.items():
             if reason not in known:
                 raise UpstreamFailure(
@@ -75,3 +87,13 @@ class Answer:
             )
         short = any(reason in INCOMPLETE for reason in self.reasons.values())
         return Verdict("incomplete" if short else "completed", dict(self.reasons), self.usage)
+
+
+def _summed(earlier: dict[str, Any] | None, usage: dict[str, Any]) -> dict[str, Any]:
+    """What several requests used together: an estimate, where one of them is."""
+    if earlier is None:
+        return usage
+    counts = ("prompt_tokens", "completion_tokens", "total_tokens")
+    sums = {name: sum(n for each in (earlier, usage) if isinstance(n := each.get(name), int)) for name in counts}
+    estimated = earlier.get("estimated") or usage.get("estimated")
+    return {**sums, **({"estimated": True} if estimated else {})}

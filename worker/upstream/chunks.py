@@ -13,6 +13,11 @@ from .failures import UpstreamFailure, from_error
 
 DONE: Final = b"[DONE]"
 MAX_CHOICE: Final = 127
+MAX_USAGE: Final = 16 * 1024
+"""Bytes of a chunk whose usage is believed: it goes into the state and the last event as it is."""
+
+_TEXTS: Final = ("content", "refusal", "reasoning", "reasoning_content")
+_Place = tuple[int, str]
 
 
 class _Delta(Struct):
@@ -21,6 +26,7 @@ class _Delta(Struct):
     reasoning: str | None = None
     reasoning_content: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
+    function_call: dict[str, Any] | None = None
 
 
 class _Choice(Struct):
@@ -62,67 +68,135 @@ class Usage(Struct, frozen=True, gc=False):
 Part = Piece | Finish | Usage
 
 
-def parts(data: bytes) -> Iterator[Part]:
-    """What one event's data holds. Raises UpstreamFailure for an error or something that is no chunk."""
-    chunk = _decode(data)
-    if chunk.error is not UNSET and chunk.error:
-        raise from_error(chunk.error)
-    for choice in chunk.choices or ():
-        if not 0 <= choice.index <= MAX_CHOICE:
-            raise _malformed(f"a choice has the index {choice.index}")
-        if choice.delta is not None:
-            yield from _pieces(choice.index, choice.delta)
-        if choice.finish_reason:  # some send "" on every chunk: that is none
-            yield Finish(choice.index, choice.finish_reason[:64])
-    if chunk.usage:
-        yield Usage(chunk.usage)
+class Chunks:
+    """Reads one stream's chunks. It remembers half characters: some upstreams cut an emoji's escapes in two chunks."""
+
+    __slots__ = ("_halves",)
+
+    def __init__(self) -> None:
+        self._halves: dict[_Place, str] = {}
+
+    def parts(self, data: bytes) -> Iterator[Part]:
+        """What one event's data holds. Raises UpstreamFailure for an error or something that is no chunk."""
+        try:
+            chunk = _decoder.decode(data)
+        except (msgspec.MsgspecError, UnicodeError, RecursionError):
+            chunk = self._decode_tolerantly(data)
+        else:
+            if self._halves:
+                self._mend(chunk)
+        if chunk.error is not UNSET and chunk.error:
+            raise from_error(chunk.error)
+        for choice in chunk.choices or ():
+            index = choice.index
+            if not 0 <= index <= MAX_CHOICE:
+                raise _malformed(f"a choice has the index {index}")
+            delta = choice.delta
+            if delta is not None:
+                if delta.content:
+                    yield Piece(index, delta.content)
+                yield from _others(index, delta)
+            if choice.finish_reason:  # some send "" on every chunk: that is none
+                yield from self._halves_of(index)
+                yield Finish(index, choice.finish_reason[:64])
+        if chunk.usage and len(data) <= MAX_USAGE:
+            yield Usage(chunk.usage)
+
+    def named(self, name: str, data: bytes) -> Iterator[Part]:
+        """A named event: `error` is one, others (`ping`, ...) mostly carry nothing. Raises UpstreamFailure."""
+        if name == "error":
+            raise from_error(_json_or_text(data))
+        if b'"choices"' in data or b'"error"' in data:
+            yield from self.parts(data)
+
+    def _decode_tolerantly(self, data: bytes) -> _Chunk:
+        """Bad bytes and lone surrogates become U+FFFD; anything else that is no chunk is the upstream's failure."""
+        try:
+            value = json.loads(data.decode("utf-8", "replace"), parse_int=_bounded)
+        except (ValueError, RecursionError):
+            raise _malformed("an event is not JSON") from None
+        if isinstance(value, dict) and value.get("error"):
+            raise from_error(value["error"])
+        try:
+            chunk = msgspec.convert(value, _Chunk)
+            self._mend(chunk)
+        except (msgspec.ValidationError, RecursionError) as error:
+            raise _malformed(f"an event is no chat completion chunk ({_shown(error)})") from None
+        return chunk
+
+    def _mend(self, chunk: _Chunk) -> None:
+        """Give texts back the halves that came earlier, and take off halves at their ends."""
+        for choice in chunk.choices or ():
+            delta = choice.delta
+            choice.finish_reason = _whole(choice.finish_reason or "")
+            if delta is None:
+                continue
+            for name in _TEXTS:
+                if text := getattr(delta, name):
+                    setattr(delta, name, self._mended((choice.index, name), text))
+            delta.function_call = _whole_all(delta.function_call)
+            for position, call in enumerate(delta.tool_calls or ()):
+                function, number = call.get("function"), call.get("index", position)
+                if isinstance(function, dict) and isinstance(text := function.get("arguments"), str):
+                    place = (choice.index, f"arguments {str(number)[:20]}")
+                    call["function"] = {**function, "arguments": self._mended(place, text)}
+            delta.tool_calls = _whole_all(delta.tool_calls)
+        chunk.usage = _whole_all(chunk.usage)
+
+    def _mended(self, place: _Place, text: str) -> str:
+        text = self._halves.pop(place, "") + text
+        if "\ud800" <= text[-1] <= "\udbff" and len(self._halves) < MAX_CHOICE:
+            self._halves[place] = text[-1]
+            text = text[:-1]
+        return _whole(text)
+
+    def _halves_of(self, index: int) -> Iterator[Piece]:
+        """What was cut in half and never came: said to be missing."""
+        for place in [place for place in self._halves if place[0] == index]:
+            del self._halves[place]
+            if place[1] == "content":
+                yield Piece(index, "\ufffd")
 
 
-def _pieces(index: int, delta: _Delta) -> Iterator[Piece]:
-    if delta.content:
-        yield Piece(index, delta.content)
+def _others(index: int, delta: _Delta) -> Iterator[Piece]:
     if reasoning := delta.reasoning or delta.reasoning_content:
         yield Piece(index, delta={"reasoning": reasoning})
     if delta.refusal:
         yield Piece(index, delta={"refusal": delta.refusal})
     if delta.tool_calls:
         yield Piece(index, delta={"tool_calls": delta.tool_calls})
+    if delta.function_call:
+        yield Piece(index, delta={"function_call": delta.function_call})
 
 
-def _decode(data: bytes) -> _Chunk:
+def _whole(text: str) -> str:
+    """The text with pairs of surrogates joined and lone ones replaced."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _whole_all(value: Any) -> Any:
+    if isinstance(value, str):
+        return _whole(value)
+    if isinstance(value, dict):
+        return {_whole(str(name)): _whole_all(each) for name, each in value.items()}
+    return [_whole_all(each) for each in value] if isinstance(value, list) else value
+
+
+def _bounded(digits: str) -> int | float:
+    """What an encoder can write again."""
+    return int(digits) if len(digits) < 19 else float(digits)
+
+
+def _json_or_text(data: bytes) -> Any:
     try:
-        return _decoder.decode(data)
-    except (msgspec.MsgspecError, UnicodeError, RecursionError):
-        return _decode_tolerantly(data)
-
-
-def _decode_tolerantly(data: bytes) -> _Chunk:
-    """Bad bytes and lone surrogates become U+FFFD; anything else that is no chunk is the upstream's failure."""
-    try:
-        value = json.loads(data.decode("utf-8", "replace"))
-        # An encoder that refuses surrogates is the border where they end.
-        text = json.dumps(value, ensure_ascii=False).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        value = json.loads(text)
+        return json.loads(data)
     except (ValueError, RecursionError):
-        raise _malformed("an event is not JSON") from None
-    if isinstance(value, dict) and value.get("error"):
-        raise from_error(value["error"])
-    try:
-        return msgspec.convert(value, _Chunk)
-    except (msgspec.ValidationError, RecursionError) as error:
-        raise _malformed(f"an event is no chat completion chunk ({str(error)[:120]})") from None
+        return data.decode("utf-8", "replace")
+
+
+def _shown(error: Exception) -> str:
+    return _whole(str(error)[:120])
 
 
 def _malformed(what: str) -> UpstreamFailure:
     return UpstreamFailure("malformed_stream", what)
-
-
-def named(name: str, data: bytes) -> None:
-    """A named event: `error` is one; others (`ping`, ...) carry nothing. Raises UpstreamFailure."""
-    if name != "error":
-        return
-    try:
-        body: Any = json.loads(data)
-    except (ValueError, RecursionError):
-        body = data.decode("utf-8", "replace")
-    raise from_error(body)

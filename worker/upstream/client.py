@@ -5,23 +5,23 @@ openai.
 from __future__ import annotations
 
 import asyncio
-import email.utils
 import json
-import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import aiohttp
 import httpx2
 import openai
-from openai import AsyncOpenAI, AsyncStream
+from openai import AsyncOpenAI, AsyncStream, Omit
 
 from millstream.job import Spec
 
+from .config import UpstreamSettings
 from .failures import UpstreamFailure, from_error, from_status
 from .stream import Stream
 from .transport import RawBodyTransport, body_of
+from .waits import retry_after
 
 DRAIN: Final = 1.0
 """Seconds to wait for the end of a finished body, so that its connection can be used again."""
@@ -30,19 +30,28 @@ DRAIN: Final = 1.0
 class Upstream:
     """An OpenAI-compatible API. Its key never leaves this object."""
 
-    def __init__(self, base_url: str, api_key: str | None, *, connections: int, connect_timeout: float) -> None:
-        self.name = httpx2.URL(base_url).host
-        self._key = api_key or ""
+    def __init__(self, settings: UpstreamSettings, *, connections: int, connect_timeout: float) -> None:
+        self.settings = settings
+        self.name = settings.name
+        self._key = settings.api_key or ""
         self._client = AsyncOpenAI(
-            base_url=base_url,
-            api_key=api_key or "none",
+            base_url=settings.base_url,
+            api_key=settings.api_key or "none",
             max_retries=0,  # retries have one owner: worker/retries.py
             timeout=httpx2.Timeout(None),  # clocks are the loop's: worker/clocks.py
+            default_headers=cast("Mapping[str, str]", _headers(settings)),  # Omit takes one away
+            default_query=dict(settings.query),
             http_client=httpx2.AsyncClient(
                 transport=RawBodyTransport(connections, connect_timeout), follow_redirects=False, trust_env=False
             ),
         )
         self._draining: set[asyncio.Task[None]] = set()
+
+    def request(self, spec: Spec) -> dict[str, Any]:
+        """The body of a request for this spec."""
+        usage = {"stream_options": {"include_usage": True}} if self.settings.stream_options else {}
+        model = self.settings.model(spec.model)
+        return {**spec.params, "model": model, "messages": spec.messages, "stream": True, **usage}
 
     async def close(self) -> None:
         """Close every connection."""
@@ -51,15 +60,11 @@ class Upstream:
         await self._client.close()
 
     @asynccontextmanager
-    async def ask(self, spec: Spec) -> AsyncIterator[Stream]:
-        """Send the request and give the stream of its answer. Leaving early closes the connection at once.
+    async def ask(self, body: Mapping[str, Any]) -> AsyncIterator[Stream]:
+        """Send a request (see `request`) and give the stream of its answer. Leaving early closes the connection.
 
         Raises UpstreamFailure.
         """
-        body = {
-            **spec.params, "model": spec.model, "messages": spec.messages,
-            "stream": True, "stream_options": {"include_usage": True},
-        }  # fmt: skip
         try:
             answer = await self._client.post(
                 "/chat/completions", body=body, cast_to=object, stream=True, stream_cls=AsyncStream[object]
@@ -132,18 +137,14 @@ def _from_response(response: httpx2.Response, body: Any) -> UpstreamFailure:
     return from_status(response.status_code, body, retry_after(response.headers))
 
 
-def retry_after(headers: Mapping[str, str], now: float | None = None) -> float | None:
-    """Seconds the upstream asks to wait: `retry-after-ms`, else `retry-after` in seconds or as an HTTP date."""
-    try:
-        return max(0.0, float(headers["retry-after-ms"]) / 1000)
-    except (KeyError, ValueError):
-        pass
-    text = headers.get("retry-after", "")
-    try:
-        seconds = float(text)
-    except ValueError:
-        date = email.utils.parsedate_tz(text)
-        if date is None:
-            return None
-        seconds = email.utils.mktime_tz(date) - (time.time() if now is None else now)
-    return seconds if 0 <= seconds < 86400 else None
+def _headers(settings: UpstreamSettings) -> dict[str, str | Omit]:
+    """What is added to the SDK's own headers, and taken from them."""
+    headers: dict[str, str | Omit] = dict(settings.headers)
+    if settings.foreign:  # the SDK takes these from variables that are about OpenAI
+        given = {name.lower() for name in headers}
+        headers |= {name: Omit() for name in ("OpenAI-Organization", "OpenAI-Project") if name.lower() not in given}
+    if settings.api_key is None:
+        headers["Authorization"] = Omit()
+    elif settings.auth == "api-key":
+        headers |= {"Authorization": Omit(), "api-key": settings.api_key}
+    return headers

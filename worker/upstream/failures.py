@@ -6,6 +6,8 @@ try unless its status says that the request itself is at fault.
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Any, Final
 
 RETRYABLE_STATUSES: Final = frozenset({408, 409, 425, 429})
@@ -23,6 +25,8 @@ FINAL_CODES: Final = frozenset(
 """Codes that never pass by waiting, whatever the status: a 429 for an empty account is still a 429."""
 
 MESSAGE_LIMIT: Final = 1000
+_CODE: Final = re.compile(r"[^A-Za-z0-9_.:/-]+")
+_TAG: Final = re.compile(r"<(script|style)\b.*?</\1\s*>|<[^>]*>", re.DOTALL | re.IGNORECASE)
 
 
 class UpstreamFailure(Exception):  # noqa: N818 - the failure is the upstream's, not an error of this program
@@ -43,6 +47,11 @@ class UpstreamFailure(Exception):  # noqa: N818 - the failure is the upstream's,
         self.status = status
 
     @property
+    def of_the_upstream(self) -> bool:
+        """Whether it says that the upstream is unwell: it did not do its part, and did not say when it will."""
+        return self.retryable and not (self.status == 429 and self.retry_after is not None)
+
+    @property
     def error(self) -> dict[str, Any]:
         """The `error` of an event."""
         return {"code": self.code, "message": self.message, **({"status": self.status} if self.status else {})}
@@ -53,7 +62,7 @@ def from_status(status: int, body: Any, retry_after: float | None = None) -> Ups
     code, message = describe(body)
     retryable = status >= 500 or (status in RETRYABLE_STATUSES and code not in FINAL_CODES)
     if 300 <= status < 400:
-        code, message = "redirect", "the upstream redirects elsewhere; name its final address in OPENAI_BASE_URL"
+        code, message = "redirect", "the upstream redirects elsewhere; give its final address as its base URL"
     return UpstreamFailure(
         code or f"http_{status}", message or f"the upstream answered {status}",
         retryable=retryable, retry_after=retry_after, status=status,
@@ -75,19 +84,36 @@ def describe(body: Any) -> tuple[str, str]:
     """The code and message in an error body of any known shape; empty strings where there is none."""
     error = body.get("error", body) if isinstance(body, dict) else body
     if isinstance(error, str):
-        return "", " ".join(error.split())[:MESSAGE_LIMIT]
+        return "", _plain(error)
     if not isinstance(error, dict):
         return "", ""
-    message = error.get("message") or error.get("detail") or ""
+    said = error.get("message") or error.get("detail") or ""
+    message = _plain(said if isinstance(said, str) else _dumped(said))
     for name in ("code", "type"):
         value = error.get(name)
         if isinstance(value, str) and value and not value.isdigit():
-            return value[:64], str(message)[:MESSAGE_LIMIT]
-    return "", str(message)[:MESSAGE_LIMIT]
+            return _CODE.sub("_", value)[:64], message
+    return "", message
+
+
+def _dumped(value: Any) -> str:
+    try:
+        return json.dumps(value)
+    except RecursionError:
+        return ""
+
+
+def _plain(text: str) -> str:
+    """Words on one line: no markup of an error page, nothing that would move a terminal's cursor."""
+    text = text[: 64 * 1024]
+    if text.lstrip()[:1] == "<":
+        text = _TAG.sub(" ", text)
+    words = "".join(char if char.isprintable() else " " for char in text).split()
+    return " ".join(words)[:MESSAGE_LIMIT]
 
 
 def _status_in(error: Any) -> int:
     inner = error.get("error", error) if isinstance(error, dict) else None
     code = inner.get("code") or inner.get("status") if isinstance(inner, dict) else None
-    text = str(code)
-    return int(text) if text.isdigit() and 100 <= int(text) < 600 else 0
+    text = code if isinstance(code, str) else str(code) if isinstance(code, int) and 0 <= code < 1000 else ""
+    return int(text) if re.fullmatch(r"[1-5][0-9][0-9]", text) else 0

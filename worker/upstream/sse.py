@@ -33,12 +33,11 @@ class Named:
 class SseDecoder:
     """Turns packets into events: plain `bytes` for an unnamed event's data, `Named` for the others."""
 
-    __slots__ = ("_data", "_first", "_max", "_name", "_size", "_tail_size", "_tails")
+    __slots__ = ("_data", "_first", "_max", "_name", "_size", "_tail")
 
     def __init__(self, max_event: int = MAX_EVENT) -> None:
         self._max = max_event
-        self._tails: list[bytes] = []  # the unfinished line, in the packets it came in
-        self._tail_size = 0
+        self._tail = bytearray()  # the unfinished line
         self._first = True
         self._reset()
 
@@ -51,14 +50,12 @@ class SseDecoder:
         """The events that are complete with this packet. Raises EventTooLargeError."""
         if self._first:
             packet = self._without_bom(packet)
-        if b"\n" not in packet and b"\r" not in packet and (not self._tails or self._tails[-1][-1:] != b"\r"):
+        if b"\n" not in packet and b"\r" not in packet and self._tail[-1:] != b"\r":
             self._keep(packet)
             return []
-        if self._tails:
-            self._tails.append(packet)
-            packet = b"".join(self._tails)
-            self._tails.clear()
-            self._tail_size = 0
+        if self._tail:
+            packet = bytes(self._tail) + packet
+            self._tail.clear()
         if b"\r" in packet:
             lines = self._split_any(packet)
         else:
@@ -67,10 +64,9 @@ class SseDecoder:
         return self._take(lines)
 
     def _without_bom(self, packet: bytes) -> bytes:
-        if self._tails:
-            packet = b"".join(self._tails) + packet
-            self._tails.clear()
-            self._tail_size = 0
+        if self._tail:
+            packet = bytes(self._tail) + packet
+            self._tail.clear()
         if len(packet) < len(_BOM) and _BOM.startswith(packet):
             return packet  # it may still become one; `_first` stays
         self._first = False
@@ -85,11 +81,9 @@ class SseDecoder:
         return lines
 
     def _keep(self, part: bytes) -> None:
-        if part:
-            self._tails.append(part)
-            self._tail_size += len(part)
-            if self._tail_size > self._max:
-                raise EventTooLargeError
+        self._tail += part
+        if len(self._tail) > self._max:
+            raise EventTooLargeError
 
     def _take(self, lines: list[bytes]) -> list[bytes | Named]:
         events: list[bytes | Named] = []
@@ -101,13 +95,16 @@ class SseDecoder:
             elif line.startswith(b"data:"):
                 value = line[6:] if line[5:6] == b" " else line[5:]
                 self._data.append(value)
-                self._size += len(value)
+                self._size += len(value) + 1  # empty lines take memory too
                 if self._size > self._max:
                     raise EventTooLargeError
             elif line.startswith(b"event:"):
                 self._name = line[6:].removeprefix(b" ")
             elif line == b"data":
                 self._data.append(b"")
+                self._size += 1
+            elif line == b"event":
+                self._name = b""
             # comments, `id`, `retry` and unknown fields carry nothing for us
         return events
 
@@ -119,8 +116,8 @@ class SseDecoder:
 
     def close(self) -> list[bytes | Named]:
         """At the end of the body: the standard drops an event without its empty line; a held CR still ends one."""
-        if self._tails and self._tails[-1].endswith(b"\r"):
-            lines = _LINE_END.split(b"".join(self._tails)[:-1])
-            self._tails.clear()
-            return self._take(lines)
+        if self._tail[-1:] == b"\r":
+            line = bytes(self._tail[:-1])
+            self._tail.clear()
+            return self._take([line])
         return []

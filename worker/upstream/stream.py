@@ -12,8 +12,7 @@ from typing import Final, cast
 
 import aiohttp
 
-from . import chunks
-from .chunks import DONE, Part
+from .chunks import DONE, Chunks, Part
 from .failures import UpstreamFailure
 from .sse import EventTooLargeError, Named, SseDecoder
 
@@ -26,9 +25,11 @@ Take = Callable[[Sequence[Part]], bool]
 class Stream:
     """One response's body, decoded."""
 
-    def __init__(self, body: aiohttp.ClientResponse) -> None:
+    def __init__(self, body: aiohttp.ClientResponse, max_answer: int = MAX_ANSWER) -> None:
         self._body = body
+        self._max_answer = max_answer
         self._decoder = SseDecoder()
+        self._chunks = Chunks()
         self._bytes = 0
         self._inside = False
         self._failure: UpstreamFailure | None = None
@@ -103,8 +104,8 @@ class Stream:
 
     def _decode(self, packet: bytes) -> list[Part]:
         self._bytes += len(packet)
-        if self._bytes > MAX_ANSWER:
-            raise UpstreamFailure("answer_too_large", f"the answer exceeds {MAX_ANSWER:,} bytes", retryable=False)
+        if self._bytes > self._max_answer:
+            raise UpstreamFailure("answer_too_large", f"the answer exceeds {self._max_answer:,} bytes", retryable=False)
         try:
             events = self._decoder.feed(packet)
         except EventTooLargeError:
@@ -117,12 +118,12 @@ class Stream:
         try:
             for event in events:
                 if isinstance(event, Named):
-                    chunks.named(event.name, event.data)
+                    found += self._chunks.named(event.name, event.data)
                 elif event.startswith(DONE):
                     self.done = True
                     break
                 elif event.strip():
-                    found += chunks.parts(event)
+                    found += self._chunks.parts(event)
         except UpstreamFailure as failure:
             self._failure = failure
         return found
