@@ -95,14 +95,16 @@ class SseDecoder:
             elif line.startswith(b"data:"):
                 value = line[6:] if line[5:6] == b" " else line[5:]
                 self._data.append(value)
-                self._size += len(value) + 1  # empty lines take memory too
+                self._size += len(line) + 1  # empty data takes memory too
                 if self._size > self._max:
                     raise EventTooLargeError
             elif line.startswith(b"event:"):
                 self._name = line[6:].removeprefix(b" ")
             elif line == b"data":
                 self._data.append(b"")
-                self._size += 1
+                self._size += len(line) + 1
+                if self._size > self._max:
+                    raise EventTooLargeError
             elif line == b"event":
                 self._name = b""
             # comments, `id`, `retry` and unknown fields carry nothing for us
