@@ -43,7 +43,7 @@ def test_every_field_is_read() -> None:
         "first", "https://one.example/v1", "sk-canary-0123456789", "api-key",
     )  # fmt: skip
     assert (first.headers, first.query) == ({"X-Title": "mill"}, {"api-version": "2024-10-21"})
-    assert (first.stream_options, first.ends_with, first.finish_reasons) == (False, "done", {"eos"})
+    assert (first.stream_options, first.ends_with, first.finish_reasons) == (False, "done", frozenset({"eos"}))
     assert (first.continue_with, first.limits) == ("vllm", {"rpm": 60, "tpm": 90000, "streams": 8})
     assert not first.breaker
     assert (second.api_key, second.models, second.stream_options, second.ends_with) == (

@@ -109,7 +109,8 @@ def reference(stream: bytes) -> Events:
     """The standard's algorithm, step by step over a whole stream, slowly."""
     text = stream.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     events: Events = []
-    data, name = [], b""
+    data: list[bytes] = []
+    name = b""
     for line in text.split(b"\n")[:-1]:
         if not line:
             if data:

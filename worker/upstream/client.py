@@ -8,12 +8,12 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import aiohttp
 import httpx2
 import openai
-from openai import AsyncOpenAI, AsyncStream, Omit
+from openai import AsyncOpenAI, AsyncStream
 
 from millstream.job import Spec
 
@@ -39,10 +39,12 @@ class Upstream:
             api_key=settings.api_key or "none",
             max_retries=0,  # retries have one owner: worker/retries.py
             timeout=httpx2.Timeout(None),  # clocks are the loop's: worker/clocks.py
-            default_headers=cast("Mapping[str, str]", _headers(settings)),  # Omit takes one away
+            default_headers=_headers(settings),
             default_query=dict(settings.query),
             http_client=httpx2.AsyncClient(
-                transport=RawBodyTransport(connections, connect_timeout), follow_redirects=False, trust_env=False
+                transport=RawBodyTransport(connections, connect_timeout, _unwanted(settings)),
+                follow_redirects=False,
+                trust_env=False,
             ),
         )
         self._draining: set[asyncio.Task[None]] = set()
@@ -137,14 +139,18 @@ def _from_response(response: httpx2.Response, body: Any) -> UpstreamFailure:
     return from_status(response.status_code, body, retry_after(response.headers))
 
 
-def _headers(settings: UpstreamSettings) -> dict[str, str | Omit]:
-    """What is added to the SDK's own headers, and taken from them."""
-    headers: dict[str, str | Omit] = dict(settings.headers)
+def _headers(settings: UpstreamSettings) -> dict[str, str]:
+    """What is added to the SDK's own headers."""
+    by_header = settings.auth == "api-key" and settings.api_key is not None
+    return {**settings.headers, **({"api-key": settings.api_key or ""} if by_header else {})}
+
+
+def _unwanted(settings: UpstreamSettings) -> set[str]:
+    """What the SDK would send and this upstream must not get."""
+    unwanted = set()
+    if settings.api_key is None or settings.auth == "api-key":
+        unwanted.add("authorization")
     if settings.foreign:  # the SDK takes these from variables that are about OpenAI
-        given = {name.lower() for name in headers}
-        headers |= {name: Omit() for name in ("OpenAI-Organization", "OpenAI-Project") if name.lower() not in given}
-    if settings.api_key is None:
-        headers["Authorization"] = Omit()
-    elif settings.auth == "api-key":
-        headers |= {"Authorization": Omit(), "api-key": settings.api_key}
-    return headers
+        given = {name.lower() for name in settings.headers}
+        unwanted |= {"openai-organization", "openai-project"} - given
+    return unwanted

@@ -7,6 +7,7 @@ compression.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Final
 
 import aiohttp
@@ -20,9 +21,11 @@ _FIRST_ERROR_STATUS: Final = 300
 class RawBodyTransport(httpx2.AsyncBaseTransport):
     """Sends httpx2 requests through one aiohttp session."""
 
-    def __init__(self, connections: int, connect_timeout: float) -> None:
+    def __init__(self, connections: int, connect_timeout: float, without: Collection[str] = ()) -> None:
+        """`without`: names, in lower case, of headers of the SDK that are not sent."""
         self._connections = connections
         self._connect_timeout = connect_timeout
+        self._without = frozenset({"accept-encoding", *without})
         self._session: aiohttp.ClientSession | None = None
 
     def _open(self) -> aiohttp.ClientSession:
@@ -37,7 +40,7 @@ class RawBodyTransport(httpx2.AsyncBaseTransport):
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         """Send one request; the caller closes the response."""
-        headers = [(name, value) for name, value in request.headers.items() if name != "accept-encoding"]
+        headers = [(name, value) for name, value in request.headers.items() if name.lower() not in self._without]
         try:
             response = await self._open().request(
                 request.method,
