@@ -18,6 +18,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 WINDOW: Final = 10.0
@@ -82,31 +83,38 @@ class RetryBudget:
 
 
 class Ticket:
-    """One request that was let through. Say how it went; the first word about a probe or a retry counts."""
+    """One request that was let through. Say how it goes: `answered` at its first content, `failed` if it breaks."""
 
-    __slots__ = ("_again", "_guard", "_probe", "_well")
+    __slots__ = ("_again", "_guard", "_note", "_probe")
 
     def __init__(self, guard: Guard, *, again: bool, probe: bool) -> None:
-        self._guard, self._again, self._probe, self._well = guard, again, probe, False
+        self._guard, self._again, self._probe = guard, again, probe
+        self._note: Note | None = None
 
     def answered(self) -> None:
         """The upstream works: it answers, well or with a refusal that is the request's own fault."""
-        if self._well:
-            return
-        self._well = True
-        self._guard.note(failed=False, probe=self._probe, again=self._again)
-        self._probe = self._again = False
+        if self._note is None:
+            self._note = self._guard.answered(probe=self._probe, again=self._again)
+            self._probe = False
 
     def failed(self) -> None:
         """The upstream did not do its part, perhaps after a good beginning."""
-        self._guard.note(failed=True, probe=self._probe, again=False)
-        self._probe = self._again = False
+        self._guard.failed(self._note, probe=self._probe)
+        self._probe = False
 
     def dropped(self) -> None:
         """Nobody knows: the job was stopped."""
         if self._probe:
             self._guard.probe_lost()
         self._probe = False
+
+
+@dataclass(slots=True)
+class Note:
+    """One request's outcome so far."""
+
+    at: float
+    failed: bool
 
 
 class Guard:
@@ -116,7 +124,7 @@ class Guard:
         self._clock = clock
         self._enabled = enabled
         self._budget = RetryBudget(clock)
-        self._answers: deque[tuple[float, bool]] = deque()  # when, whether it failed
+        self._answers: deque[Note] = deque()
         self._failed = 0  # of those
         self._in_a_row = 0
         self._open_until: float | None = None
@@ -158,36 +166,47 @@ class Guard:
         if model in self._cooling or len(self._cooling) < MAX_COOLING:
             self._cooling[model] = max(self._cooling.get(model, 0.0), now + seconds)
 
-    def note(self, *, failed: bool, probe: bool, again: bool) -> None:
-        """An answer, told by its ticket."""
-        if not self._enabled:
-            return
-        now = self._clock()
+    def answered(self, *, probe: bool, again: bool) -> Note:
+        """A request was answered; a ticket says so."""
+        note = Note(self._clock(), failed=False)
         if probe:
-            self._probing = False
-            self._open_until = now + OPEN if failed else None
-            if not failed:
-                self._forget()
-                self._budget.refill()
-            return
+            self._probing, self._open_until = False, None
+            self._budget.refill()
         if again:
             self._budget.put_back()
-        if self._open_until is not None:
-            return  # asked before it opened: no news
-        self._answers.append((now, failed))
-        self._failed += failed
-        self._in_a_row = self._in_a_row + 1 if failed else 0
-        while self._answers[0][0] < now - WINDOW:
-            self._failed -= self._answers.popleft()[1]
+        self._in_a_row = 0
+        self._write(note)
+        return note
+
+    def failed(self, note: Note | None, *, probe: bool) -> None:
+        """A request failed; `note` is what was said about it when it began well."""
+        now = self._clock()
+        if probe:
+            self._probing, self._open_until = False, now + OPEN
+            return
+        if note is not None and note.at >= now - WINDOW and not note.failed:
+            note.failed = True
+            self._failed += any(each is note for each in self._answers)
+            self._write(None)
+        else:
+            self._write(Note(now, failed=True))
+        self._in_a_row += 1
         judged = len(self._answers) >= LEAST and self._failed >= FAILED_SHARE * len(self._answers)
-        if failed and (judged or self._in_a_row >= LEAST):
+        if self._enabled and self._open_until is None and (judged or self._in_a_row >= LEAST):
             self._open_until = now + OPEN
-            self._forget()
+            self._answers.clear()
+            self._failed = self._in_a_row = 0
+
+    def _write(self, note: Note | None) -> None:
+        if not self._enabled or self._open_until is not None:
+            return  # asked before it opened: no news
+        if note is not None:
+            self._answers.append(note)
+            self._failed += note.failed
+        oldest = self._clock() - WINDOW
+        while self._answers and self._answers[0].at < oldest:
+            self._failed -= self._answers.popleft().failed
 
     def probe_lost(self) -> None:
         """The job that probed was stopped: the next one probes."""
         self._probing = False
-
-    def _forget(self) -> None:
-        self._answers.clear()
-        self._failed = self._in_a_row = 0
