@@ -21,7 +21,7 @@ import msgspec
 import structlog
 
 from millstream import calls
-from millstream.calls import Claim, Ending
+from millstream.calls import Call, Claim, Ending
 from millstream.errors import RedisUnavailable, SpecError
 from millstream.events import compact
 from millstream.job import Spec
@@ -39,7 +39,7 @@ from .writer import Run, Writer
 log = structlog.get_logger()
 
 AWAY = 0.5
-"""Seconds between tries of a claim while Redis is away."""
+"""Seconds between tries of a claim or a release while Redis is away."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class Relay:
         try:
             status = await self._stream()
         except asyncio.CancelledError:
-            if self._stopped is None or self._task is None:
+            if self._stopped in (None, "waits") or self._task is None:  # not ours: the process ends
                 raise
             self._task.uncancel()
             status = await self._after_stop(self._stopped)
@@ -110,16 +110,15 @@ class Relay:
             return "failed"
         if code == "released":
             self._outbox.abandon()  # not only the chunks: an end without them would be a lie
-            return await self._release()
+            return str(await self._services.run(self._release()))
         return code
 
-    async def _release(self, delay: float = 0.0, waits_for: bytes = b"") -> str:
+    def _release(self, delay: float = 0.0, waits_for: bytes = b"") -> Call[str]:
         services = self._services
-        release = calls.release(
+        return calls.release(
             services.keys, self.job_id, self._outbox.holder,
             lease=services.settings.lease, delay=delay, waits_for=waits_for,
         )  # fmt: skip
-        return str(await services.run(release))
 
     async def _hand_back(self, wait: HandBack) -> str:
         """Wait in the queue: no slot is held meanwhile, a cancel works, and a sweep delivers the job at its time."""
@@ -127,7 +126,13 @@ class Relay:
         self._stopped = self._stopped or "waits"  # from the release on, a heartbeat is answered `fenced`
         self._log.info("job.handed_back", upstream=wait.upstream, delay=round(wait.delay, 3))
         waits_for = msgspec.json.encode({"what": "upstream", "upstream": wait.upstream})
-        return await self._release(wait.delay, waits_for)
+        release = self._release(wait.delay, waits_for)
+        while True:  # let go of, it would lose an attempt; its lease is kept meanwhile
+            try:
+                return str(await self._services.run(release))
+            except RedisUnavailable as error:
+                self._log.warning("job.hand_back_waits", reason=str(error))
+                await asyncio.sleep(AWAY)
 
     def _begin(self, *, again: bool) -> Attempt:
         serving = self._services.upstreams.serving(self._spec.model)
