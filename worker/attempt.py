@@ -54,7 +54,6 @@ class Seam:
     text: str
     tokens: int
     usage: dict[str, Any]
-    echo: continuation.Echo
     written: bool = False
     """Whether `resumed` is in the log, because the upstream did go on."""
 
@@ -120,10 +119,7 @@ class Attempt:
     def go_on(self) -> None:
         """Make the next request one that goes on. What waits in the outbox stays: it is part of the text."""
         assert self._partial is not None
-        assert self._upstream is not None
-        text = self._partial.text()
-        echo = continuation.Echo(self._upstream.settings.continue_with, text)
-        self._seam = Seam(text, self._tokens, self._answer.usage, echo)
+        self._seam = Seam(self._partial.text(), self._tokens, self._answer.usage)
         self._seams += 1
 
     # One request -------------------------------------------------------------------------------------------------
@@ -208,12 +204,15 @@ class Attempt:
             earlier=seam.usage if seam else None,
         )
         body = upstream.request(self._spec)
+        echo = continuation.Echo(settings.continue_with, seam.text if seam else "")
         if seam is not None:
             body = continuation.request(body, settings.continue_with, seam.text, seam.tokens)
+        elif self._partial is not None:  # what an earlier request brought was never shown
+            self._partial, self._tokens = continuation.Partial(), 0
 
         def take(parts: Sequence[Part]) -> bool:
             if parts:
-                self._pass_on(answer, clock, ticket, parts if seam is None else self._sewn(seam, parts))
+                self._pass_on(answer, clock, ticket, parts if seam is None else self._sewn(seam, echo, parts))
             return not self._outbox.full
 
         async def room() -> None:
@@ -257,15 +256,15 @@ class Attempt:
         if ended and answer.finished:
             clock.tail()
 
-    def _sewn(self, seam: Seam, parts: Sequence[Part]) -> Sequence[Part]:
+    def _sewn(self, seam: Seam, echo: continuation.Echo, parts: Sequence[Part]) -> Sequence[Part]:
         """The parts without what only repeats the text; the seam is written before the first of them."""
         found: list[Part] = []
         for part in parts:
             if isinstance(part, Piece) and part.delta is None and part.index == 0:
-                if text := seam.echo.new(part.text):
+                if text := echo.new(part.text):
                     found.append(Piece(0, text))
                 continue
-            if isinstance(part, Finish) and (rest := seam.echo.rest()):
+            if isinstance(part, Finish) and (rest := echo.rest()):
                 found.append(Piece(0, rest))
             found.append(part)
         if not seam.written and any(isinstance(part, Piece | Finish) for part in found):

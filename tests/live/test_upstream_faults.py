@@ -301,10 +301,8 @@ def test_prompts_of_every_size_arrive_or_are_refused(shared: World) -> None:
     assert len(shared.redis.keys("*")) <= before
 
 
-HOSTILE: Final = (
-    "\x1b[2J\x1b]8;;http://evil\x07link\x1b]8;;\x07\x1b]52;c;eHg=\x07\x9b31m\u202e\u2066"
-    "</script><img onerror=x>\r\n\ndata: x"
-)
+_TERMINAL: Final = "\x1b[2J\x1b]8;;http://evil\x07link\x1b]8;;\x07\x1b]52;c;eHg=\x07\x9b31m\u202e\u2066"
+HOSTILE: Final = f"{_TERMINAL}</script><img onerror=x>\r\n\ndata: x"
 
 
 def test_hostile_text_is_kept_as_it_is_and_stays_out_of_the_logs(shared: World) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -205,6 +206,39 @@ def test_an_answer_may_break_again_and_wait_in_between(continuing: tuple[World, 
     requests = asked(upstream, "twice")
     texts = [each.json["messages"][-1]["content"] for each in requests]
     assert texts == ["twice", *[expected_text(7, 1)] * 2, *[expected_text(9, 1)] * 2]
+
+
+def test_a_text_is_whole_wherever_it_is_cut(
+    continuing: tuple[World, ScriptedUpstream], say: Callable[[str], None]
+) -> None:
+    """Reset at once after random pieces, shown or not yet: never a piece twice, never one missing."""
+    world, upstream = continuing
+    seed = random.randrange(2**32)
+    draw = random.Random(seed)
+    trials = 30
+
+    def go_on(request: Request) -> Script:
+        last = request.json["messages"][-1]
+        rest = WHOLE.removeprefix(last["content"]) if last["role"] == "assistant" else WHOLE
+        size = draw.randrange(0, max(1, len(rest) // 2)) if draw.random() < 0.7 else len(rest)
+        pieces = [Part(rest[i : i + 3]) for i in range(0, size, 3)]
+        return answer(*pieces) if size == len(rest) else Script(*pieces, Reset())
+
+    prompts = [f"cut anywhere {number}" for number in range(trials)]
+    for prompt in prompts:
+        upstream.on(go_on, prompt=prompt)
+    whole = 0
+    asks = [{"prompt": prompt, "model": "vllm", "on_break": "continue", "max_attempts": 100} for prompt in prompts]
+    for job in world.client.submit_many(asks):
+        result = world.outcome(job.id)
+        world.check(job.id)
+        if result.status == "completed":
+            assert result.text == WHOLE, f"seed {seed}"
+            whole += 1
+        else:  # every one of three requests broke before its first content
+            assert WHOLE.startswith(result.text), f"seed {seed}"
+    assert whole > trials / 2
+    say(f"{trials} answers cut at random places, {upstream.journal.total} requests, seed {seed}")
 
 
 def test_what_cannot_go_on_begins_anew(continuing: tuple[World, ScriptedUpstream]) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from millstream import Settings, SettingsError
-from worker.upstream.config import load, parse
+from worker.upstream.config import FIELDS, load, parse
 
 ENVIRON = {"A_KEY": "sk-canary-0123456789", "EMPTY": " ", "BROKEN": "one\nX-Evil: two"}
 
@@ -145,6 +146,14 @@ def test_bytes_that_are_no_text_are_no_toml() -> None:
     """A binary file by mistake."""
     with pytest.raises(SettingsError, match=r"up\.toml: not TOML"):
         parse(b"\xff\xfe\x00", "up.toml", {})
+
+
+def test_every_field_stands_in_the_docs() -> None:
+    """In the table of docs/upstreams.md, in the order of the code but for the required one."""
+    page = (Path(__file__).parents[2] / "docs" / "upstreams.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
+    assert set(rows) == set(FIELDS)
+    assert len(rows) == len(FIELDS)
 
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "docs" / "upstreams").glob("*.toml"))

@@ -102,7 +102,7 @@ def _upstream(source: str, name: str, found: Any, environ: Mapping[str, str], br
     if not isinstance(found, dict):
         raise SettingsError(f"{source}: {where}: found {_kind(found)}, expected a table")
     table = _Table(source, where, found)
-    table.check_known(_FIELDS)
+    table.check_known(FIELDS)
     base_url = table.take("base_url", None, "http:// or https:// and a host", _is_address)
     if base_url is None:
         raise table.wrong("base_url", "is missing; expected the address that /chat/completions is appended to")
@@ -124,7 +124,7 @@ def _upstream(source: str, name: str, found: Any, environ: Mapping[str, str], br
     )
 
 
-_FIELDS: Final = (
+FIELDS: Final = (
     "api_key_env", *(each.name for each in fields(UpstreamSettings) if each.name not in ("name", "api_key", "foreign"))
 )  # fmt: skip
 
