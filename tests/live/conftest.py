@@ -23,6 +23,9 @@ from tests.valkey import Valkey
 LEASE: Final = 2.0
 """Seconds, short so that a lost lease is found soon; the smallest that two busy cores renew without fail."""
 
+SHORTEST: Final = 1.0
+"""Seconds, for tests that wait for four leases to pass and hold none meanwhile."""
+
 KEY: Final = "sk-canary-3f1c0a77d2"
 """The upstream's key. It may be in the workers' environment and in the requests, and nowhere else."""
 

@@ -18,7 +18,7 @@ from rq.suspension import resume, suspend
 
 from millstream.delivery import queue_key
 from millstream.events import Started
-from tests.live.conftest import LEASE, World
+from tests.live.conftest import SHORTEST, World
 from tests.live.worker_process import environment, wait_until
 from tests.upstream import Reset, Script, Stall, Text, WaitFor, answer, expected_text
 
@@ -202,8 +202,9 @@ def test_a_stock_worker_beside_ours_is_undisturbed(world: World) -> None:
         world.check_text(job_id, f"beside {number}")
 
 
-def test_a_stock_worker_that_takes_ours_says_what_it_needs(world: World) -> None:
+def test_a_stock_worker_that_takes_ours_says_what_it_needs(make_world: Callable[..., World], valkey_url: str) -> None:
     """It fails naming the worker that is needed, and the job still completes when a sweep has brought it back."""
+    world = make_world(valkey_url, MILLSTREAM_LEASE=f"{SHORTEST:g}")
     job_id = world.submit("taken by another")
     [rq_id] = [each.decode() for each in world.redis.lrange(queue_key(world.keys, "interactive"), 0, -1)]
     stock_worker(world, queue_of(world))
@@ -214,9 +215,9 @@ def test_a_stock_worker_that_takes_ours_says_what_it_needs(world: World) -> None
     began = time.monotonic()
     worker = world.worker()
     world.check_text(job_id, "taken by another")
-    assert time.monotonic() - began < 5 * LEASE + 2
+    assert time.monotonic() - began < 4 * SHORTEST + 4
     assert worker.said("sweep.delivered_again", because="vanished")
-    world.redis.delete("rq:failed:" + world.keys.queue("interactive"))
+    world.check_left()
 
 
 def test_what_depends_on_our_job_runs_after_it(world: World) -> None:
