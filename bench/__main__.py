@@ -7,7 +7,7 @@ import signal
 import sys
 from pathlib import Path
 
-from . import plan, report
+from . import long_run, plan, report
 from .servers import ROOT
 from .toolchain import BenchError, build_stub
 
@@ -18,6 +18,12 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--quick", action="store_true", help="under a minute: the ratios at 50 and 200 streams; writes nothing"
+    )
+    parser.add_argument(
+        "--long",
+        type=float,
+        metavar="MINUTES",
+        help="only 1,000 streams of 20 chunks/s for so long: does anything grow?",
     )
     parser.add_argument("--rounds", type=int, default=3, help="times every case is measured in a full run (default 3)")
     parser.add_argument(
@@ -43,6 +49,8 @@ def main() -> int:
         return 2
     try:
         build_stub()
+        if arguments.long:
+            return 0 if long_run.run(arguments.long) else 1
         cases = tuple(case for case in (plan.QUICK if arguments.quick else plan.FULL) if arguments.only in case.label)
         rounds, seconds = (1, 3.0) if arguments.quick else (arguments.rounds, arguments.seconds)
         results = plan.run(cases, rounds=rounds, seconds=seconds, single=not arguments.quick and not arguments.only)

@@ -48,7 +48,7 @@ class Plan:
             return environ
         environ |= {"OPENAI_BASE_URL": base_url, "OPENAI_API_KEY": "local", "MILLSTREAM_MODEL": model.NAME}
         # What has no slot waits in the queue and says so, instead of running out its clock for the first token.
-        environ.setdefault("MILLSTREAM_MAX_STREAMS", str(model.SLOTS))
+        environ.setdefault("MILLSTREAM_STREAMS", str(model.SLOTS))
         for name in ("NO_PROXY", "no_proxy"):
             environ[name] = ",".join(filter(None, [environ.get(name, ""), model.HOST]))
         return environ

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
@@ -23,6 +24,9 @@ from .result import Ended, Job, Narrator, OnContent, OnRestart, Result, outcome,
 from .settings import Settings
 from .status import Status
 from .transcript import Transcript
+
+log = logging.getLogger("millstream")
+"""Says once per outage that a follower waits; with no handler set, Python shows it on stderr."""
 
 
 class AsyncClient:
@@ -234,7 +238,10 @@ class AsyncClient:
             for job_id in job_ids:
                 pipe.hgetall(self.keys.state(job_id))
                 pipe.get(self.keys.spec(job_id))
-            replies = await pipe.execute()
+            replies = await pipe.execute(raise_on_error=False)
+            for reply in replies:
+                if isinstance(reply, redis.exceptions.RedisError) and "WRONGTYPE" not in str(reply):
+                    raise reply
         return status.from_replies(job_ids, replies)
 
     async def _page(self, at: Reading) -> reading.Page:
@@ -250,19 +257,22 @@ class AsyncClient:
         while due := following.due():  # what has ended already needs no subscription
             for each in following.read(due[0], await self._page(due[0])):
                 yield each
-        answered = self._clock()
+        answered, away = self._clock(), False
         while following.open:
             try:
                 async with self._subscribed(following.open) as pubsub:
                     following.reconnected()
                     while following.open:
                         batch = await self._next(pubsub, following, until)
-                        answered = self._clock()
+                        answered, away = self._clock(), False
                         for each in batch:
                             yield each
-            except RedisUnavailable:
+            except RedisUnavailable as error:
                 if self._clock() - answered > OUTAGE or (until is not None and self._clock() >= until):
                     raise
+                if not away:
+                    log.warning("%s; following goes on when it is back", error)
+                away = True
                 await asyncio.sleep(RECONNECT)
 
     async def _next(self, pubsub: PubSub, following: Following, until: float | None) -> Sequence[tuple[str, Event]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,9 @@ from .result import Ended, Job, Narrator, OnContent, OnRestart, Result, outcome,
 from .settings import Settings
 from .status import Status
 from .transcript import Transcript
+
+log = logging.getLogger("millstream")
+"""Says once per outage that a follower waits; with no handler set, Python shows it on stderr."""
 
 
 class Client:
@@ -225,7 +229,10 @@ class Client:
             for job_id in job_ids:
                 pipe.hgetall(self.keys.state(job_id))
                 pipe.get(self.keys.spec(job_id))
-            replies = pipe.execute()
+            replies = pipe.execute(raise_on_error=False)
+            for reply in replies:
+                if isinstance(reply, redis.exceptions.RedisError) and "WRONGTYPE" not in str(reply):
+                    raise reply
         return status.from_replies(job_ids, replies)
 
     def _page(self, at: Reading) -> reading.Page:
@@ -240,18 +247,21 @@ class Client:
         until = None if timeout is None else self._clock() + timeout
         while due := following.due():  # what has ended already needs no subscription
             yield from following.read(due[0], self._page(due[0]))
-        answered = self._clock()
+        answered, away = self._clock(), False
         while following.open:
             try:
                 with self._subscribed(following.open) as pubsub:
                     following.reconnected()
                     while following.open:
                         batch = self._next(pubsub, following, until)
-                        answered = self._clock()
+                        answered, away = self._clock(), False
                         yield from batch
-            except RedisUnavailable:
+            except RedisUnavailable as error:
                 if self._clock() - answered > OUTAGE or (until is not None and self._clock() >= until):
                     raise
+                if not away:
+                    log.warning("%s; following goes on when it is back", error)
+                away = True
                 time.sleep(RECONNECT)
 
     def _next(self, pubsub: PubSub, following: Following, until: float | None) -> Sequence[tuple[str, Event]]:

@@ -79,7 +79,9 @@ class JobExpired(JobError):  # noqa: N818
 
     def __init__(self, job_id: str) -> None:
         super().__init__(
-            job_id, f"job {job_id!r} is gone: its retention ended before it was read; submit with a longer retention"
+            job_id,
+            f"job {job_id!r} is gone: its retention ended before it was read (submit with a longer one), "
+            "or Redis lost its data",
         )
 
 
@@ -89,8 +91,9 @@ class LogRewound(JobError):  # noqa: N818
     def __init__(self, job_id: str, seen: int, found: int) -> None:
         super().__init__(
             job_id,
-            f"the log of job {job_id!r} went back: event {seen} was seen, the log ends at {found} or was written anew; "
-            "Redis lost its newest writes (see the README on power loss); follow again from the start",
+            f"the log of job {job_id!r} does not reach event {seen}: it ends at {found} or was written anew. "
+            "If that event was seen, Redis lost its newest writes (see the README on power loss); follow again "
+            "from the start",
         )
 
 

@@ -79,6 +79,11 @@ def check_id(job_id: str) -> str:
     return job_id
 
 
+def is_id(name: bytes) -> bool:
+    """Whether a name found in Redis, which anybody may have written, can be a job's id."""
+    return name.isascii() and ID_PATTERN.fullmatch(name.decode()) is not None
+
+
 def build(prompt: str | None = None, *, messages: Sequence[Mapping[str, Any]] | None = None, **asked: Any) -> Spec:
     """Make a spec from what a caller says: a prompt or messages, a model, options of a job, OpenAI parameters.
 

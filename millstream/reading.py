@@ -79,10 +79,9 @@ class Reading:
         if event.seq > self.cursor + 1:
             return None
         if event.seq <= self.cursor:
-            # Late copies of what was read from the log belong to the same or an earlier attempt.
-            if self._attempt and event.attempt > self._attempt:
-                raise LogRewound(self.job_id, self.cursor, event.seq)
-            return []
+            # Late copies of what was read from the log belong to the same or an earlier attempt. A later one: the log
+            # was written anew, or somebody forged a message; the log knows.
+            return None if self._attempt and event.attempt > self._attempt else []
         return self._take(event)
 
     def read(self, found: Page) -> list[Event]:
@@ -158,7 +157,7 @@ class Following:
         try:
             event = decode(message["data"])
         except (msgspec.MsgspecError, UnicodeError, RecursionError):
-            self.reconnected(job_id)  # anybody may publish; the log is the truth
+            self.reconnected(job_id)  # whatever this is, it is no event; the log is the truth
             return []
         return [(job_id, each) for each in self.heard(job_id, event)]
 

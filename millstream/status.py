@@ -79,8 +79,8 @@ def from_replies(job_ids: Sequence[str], replies: Sequence[Any]) -> list[Status]
     """The jobs that are there, from the replies of HGETALL state and GET spec for each."""
     found = []
     for job_id, fields, spec in zip(job_ids, replies[::2], replies[1::2], strict=True):
-        if fields:
-            found.append(from_hash(job_id, fields, _metadata_in(spec) if spec else None))
+        if isinstance(fields, dict) and fields:  # not the error of a key that somebody made another type
+            found.append(from_hash(job_id, fields, _metadata_in(spec) if isinstance(spec, bytes) else None))
     return found
 
 

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -119,9 +120,8 @@ def _left(threads: set[threading.Thread], children: set[int]) -> list[object]:
 
 def _children() -> set[int]:
     """The process ids of this process's children; empty where there is no /proc."""
-    return {
-        int(pid)
-        for task in Path("/proc/self/task").glob("*/children")
-        if task.exists()
-        for pid in task.read_text().split()
-    }
+    found: set[int] = set()
+    for task in Path("/proc/self/task").glob("*/children"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # a thread that ended meanwhile
+            found.update(map(int, task.read_text().split()))
+    return found

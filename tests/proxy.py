@@ -1,15 +1,17 @@
 """A TCP proxy between a client and Redis that loses replies, or is slow: what a network does to acknowledged writes.
 
     with Proxy(valkey_port) as proxy:
-        proxy.lose_every(5)         # every 5th command of a connection is carried out, and its reply never comes
+        proxy.lose_every(5)         # every 5th script call is carried out, and its reply never comes
         proxy.delay(0.02)           # seconds until each reply is passed on
 
-Only what comes back is touched, so that every command reaches the server.
+Only what comes back is touched, so that every command reaches the server. Script calls alone lose replies: they are
+what writes, and a connection needs more than five replies before its first command. A pipeline counts as one call.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -18,6 +20,7 @@ from typing import Final, Self
 from urllib.parse import urlsplit
 
 _BLOCK: Final = 65_536
+_SCRIPT_CALL: Final = re.compile(rb"\$\d\r\nEVAL(?:SHA)?\r\n")
 
 
 class Proxy:
@@ -29,14 +32,14 @@ class Proxy:
         self._database = parts.path
         self._every = 0
         self._seconds = 0.0
-        self._replies = 0
+        self._calls = 0
         self.lost = 0
         self.url = ""
         self._thread: threading.Thread | None = None
         self._stop: Callable[[], object] = lambda: None
 
     def lose_every(self, nth: int) -> None:
-        """Close the connection instead of passing on every `nth` packet of replies; 0: none."""
+        """Close the connection instead of passing on what comes after every `nth` script call; 0: none."""
         self._every = nth
 
     def delay(self, seconds: float) -> None:
@@ -82,7 +85,11 @@ class Proxy:
         except OSError:
             writer.transport.abort()
             return
-        ways = [asyncio.create_task(_pump(reader, forth)), asyncio.create_task(self._pump_back(back, writer))]
+        doomed = asyncio.Event()
+        ways = [
+            asyncio.create_task(self._forward(reader, forth, doomed)),
+            asyncio.create_task(self._reply(back, writer, doomed)),
+        ]
         try:
             await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -92,19 +99,21 @@ class Proxy:
             writer.transport.abort()
             forth.close()
 
-    async def _pump_back(self, back: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _forward(self, reader: asyncio.StreamReader, forth: asyncio.StreamWriter, doomed: asyncio.Event) -> None:
+        while data := await reader.read(_BLOCK):
+            if _SCRIPT_CALL.search(data):
+                self._calls += 1
+                if self._every and self._calls % self._every == 0:
+                    doomed.set()
+            forth.write(data)
+            await forth.drain()
+
+    async def _reply(self, back: asyncio.StreamReader, writer: asyncio.StreamWriter, doomed: asyncio.Event) -> None:
         while data := await back.read(_BLOCK):
-            self._replies += 1
-            if self._every and self._replies % self._every == 0:
+            if doomed.is_set():
                 self.lost += 1
                 return
             if self._seconds:
                 await asyncio.sleep(self._seconds)
             writer.write(data)
             await writer.drain()
-
-
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    while data := await reader.read(_BLOCK):
-        writer.write(data)
-        await writer.drain()

@@ -77,9 +77,12 @@ class Clerk:
         while True:
             try:
                 await self.do(self._worker.beat)
-                await self.do(self._worker.maintain)
             except redis.exceptions.RedisError as error:
                 log.warning("rq.heartbeat_missed", reason=str(error)[:200])
+            try:
+                await self.do(self._worker.maintain)
+            except Exception as error:  # noqa: BLE001 - RQ's code on what anybody may have written into its keys
+                log.warning("rq.maintenance_failed", reason=f"{type(error).__name__}: {error}"[:200])
             await asyncio.sleep(BEAT)
 
     async def close(self) -> None:

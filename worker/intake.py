@@ -20,9 +20,10 @@ import structlog
 
 from millstream import calls
 from millstream.async_client import AsyncClient
-from millstream.calls import Claim
+from millstream.calls import Call, Claim
 from millstream.errors import RedisUnavailable, SpecError
 from millstream.job import Spec, parse
+from millstream.redis_door import translated
 
 from .clerk import Clerk
 from .rq_worker import Entry, PoisonError, StreamWorker
@@ -131,7 +132,7 @@ class Intake:
         tokens = [secrets.token_hex(8) for _ in entries]
         keys, lease = self._client.keys, self._client.settings.lease
         wanted = [calls.claim(keys, each.job_id, token, lease) for each, token in zip(entries, tokens, strict=True)]
-        claims = await self._insist(lambda: self._client.run_many(wanted))
+        claims = await self._insist(lambda: self._claim(wanted))
         held = [each for each in zip(entries, tokens, claims, strict=True) if each[2].outcome == "claimed"]
         specs = await self._insist(lambda: self._specs([entry.job_id for entry, _, _ in held]))
         for (entry, token, claim), spec in zip(held, specs, strict=True):
@@ -158,18 +159,36 @@ class Intake:
             except PoisonError as poison:
                 log.warning("intake.put_aside", rq_job=rq_id[:100], reason=str(poison))
                 keep = isinstance(fields, dict) and bool(fields)
-                await self._clerk.do(
-                    lambda n=queue_number, i=rq_id, p=poison, k=keep: self._worker.put_aside(n, i, str(p), keep=k)
-                )
+                with translated(self._client.settings.redis_url):
+                    await self._clerk.do(self._worker.put_aside, queue_number, rq_id, str(poison), keep)
         return entries
 
     def _read_one(self, queue_number: int, rq_id: str, fields: Any) -> Entry:
-        if not isinstance(fields, dict):
+        if isinstance(fields, redis.exceptions.RedisError):
+            if "WRONGTYPE" not in str(fields):
+                raise RedisUnavailable(str(fields)) from fields
             raise PoisonError("its hash is of another type")
         try:
             return self._worker.read(queue_number, rq_id, fields)
         except (ValueError, TypeError) as error:  # RQ's own refusal of an id
             raise PoisonError(str(error)[:200]) from None
+
+    async def _claim(self, wanted: Sequence[Call[Claim]]) -> Sequence[Claim]:
+        """All at once; one by one when a job's keys are of another type, since that one's error is not the others'."""
+        try:
+            return await self._client.run_many(wanted)
+        except RedisUnavailable as error:
+            if not _broken_keys(error):
+                raise
+        claims = []
+        for call in wanted:
+            try:
+                claims.append(await self._client.run(call))
+            except RedisUnavailable as error:
+                if not _broken_keys(error):
+                    raise
+                claims.append(Claim("error"))
+        return claims
 
     async def _specs(self, job_ids: Sequence[str]) -> list[Spec | SpecError]:
         if not job_ids:
@@ -179,6 +198,11 @@ class Intake:
         except redis.exceptions.RedisError as error:
             raise RedisUnavailable(str(error)) from error
         return [_spec(body) for body in bodies]
+
+
+def _broken_keys(error: RedisUnavailable) -> bool:
+    """Whether a script ended with an error of its own, rather than the server being in no state to run it."""
+    return type(error.__cause__) is redis.exceptions.ResponseError and "user_script" in str(error.__cause__)
 
 
 def _spec(body: bytes | None) -> Spec | SpecError:

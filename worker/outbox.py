@@ -1,6 +1,6 @@
 """One job's events on their way to the log: what waits, what is frozen into a call, what was acknowledged. Pure.
 
-    text(), event() ──> waiting ──freeze()──> frame ──answered("ok")──> kept (the last 64 KB)
+    text(), event() ──> waiting ──freeze()──> frame ──answered("ok")──> kept (the last 32 KB)
                                                 │
                                                 └─ unanswered: sent again, byte for byte
 
@@ -29,8 +29,12 @@ MAX_TEXT: Final = 16 * 1024
 FULL: Final = 256 * 1024
 """Characters waiting at which the upstream is no longer read."""
 
-KEPT: Final = 64 * 1024
-"""Bytes acknowledged that can be sent again, should the server lose them in a failover."""
+KEPT: Final = 32 * 1024
+"""Bytes acknowledged that can be sent again, should the server lose them in a failover: 4,000 chunks of a token each,
+far more than the two seconds that an `everysec` server may lose. In one buffer: 4,000 objects would take 250 KB."""
+
+KEPT_SLACK: Final = KEPT // 4
+"""The buffer is cut back when it exceeds KEPT by this, not at every event."""
 
 _CHUNK_STARTS: Final = (b'"', b"[", b'{"type":"chunk"')
 
@@ -62,9 +66,10 @@ class Outbox:
         self._length = 0  # of self._texts
         self._size = 0  # of everything that waits
         self._frame: Frame | None = None
-        self._kept: deque[bytes] = deque()
-        self._kept_size = 0
+        self._kept = bytearray()  # events, each ended by a newline, which JSON holds only escaped
+        self._kept_count = 0
         self._ending: Ending | None = None
+        self._abandoned = False
         self._room = asyncio.Event()
         self._settled = asyncio.Event()
         self.begin(attempt, seq)
@@ -75,6 +80,8 @@ class Outbox:
         self.holder = holder(self.token, attempt)
         self.shown = False
         """Whether a chunk of this attempt was frozen: from then on it may have been seen."""
+        self._kept.clear()  # a gap reaches back to the claim of this attempt at most
+        self._kept_count = 0
         self._room.set()
         self._settled.set()
 
@@ -82,6 +89,8 @@ class Outbox:
 
     def text(self, index: int, text: str, n: int = 1) -> None:
         """Content of a choice; merges with what waits of the same choice."""
+        if self._abandoned:
+            return
         if self._texts and (index != self._index or self._length >= MAX_TEXT):
             self._close_text()
         self._index = index
@@ -97,6 +106,8 @@ class Outbox:
 
     def event(self, event: bytes) -> None:
         """Any other event, in compact form."""
+        if self._abandoned:
+            return
         self._close_text()
         self._waiting.append(event)
         self._grow(len(event))
@@ -105,6 +116,17 @@ class Outbox:
         """The terminal event. Nothing may follow."""
         self.event(event)
         self._ending = ending
+
+    @property
+    def finishing(self) -> bool:
+        """Whether the terminal event is on its way: the answer is whole, and nothing may be taken out of it."""
+        return self._ending is not None
+
+    def abandon(self) -> None:
+        """The attempt is given up: what waits is dropped and what still comes is ignored, so that no gap is written."""
+        self._clear()
+        self._abandoned = True
+        self._shrink()
 
     def drop_chunks(self) -> None:
         """Forget the chunks nobody has seen, because the attempt they belong to broke."""
@@ -126,10 +148,10 @@ class Outbox:
             self._room.clear()
 
     def _shrink(self) -> None:
-        self._size = self._length + sum(map(len, self._waiting))
+        self._size = self._length + sum(map(len, self._waiting)) if self._waiting else self._length
         if self._size < FULL:
             self._room.set()
-        if self._frame is None and not self.waiting:
+        if self._frame is None and not self._size and not self.waiting:
             self._settled.set()
 
     @property
@@ -150,17 +172,26 @@ class Outbox:
         """Whether there is something to freeze."""
         return bool(self._waiting or self._texts)
 
-    @property
-    def busy(self) -> bool:
-        """Whether a frame is unanswered."""
-        return self._frame is not None
-
     # Sending -----------------------------------------------------------------------------------------------------
 
     def freeze(self) -> Frame:
         """The next frame, at most MAX_FRAME long but for one larger event; without events it is a heartbeat."""
         if self._frame is not None:
             return self._frame
+        if not self._waiting and self._length < MAX_TEXT:  # the usual frame: one piece of text, or a heartbeat
+            self._close_text()
+            events = list(self._waiting)
+            self._waiting.clear()
+            self.shown = self.shown or bool(events)
+        else:
+            events = self._next_events()
+        ending = None if self._waiting else self._ending
+        self._frame = Frame(self.job_id, self._keys, self.holder, self.seq + 1, events, self.usage, ending)
+        self.usage = b""
+        self._settled.clear()
+        return self._frame
+
+    def _next_events(self) -> list[bytes]:
         self._close_text()
         events: list[bytes] = []
         size = 0
@@ -169,11 +200,7 @@ class Outbox:
             size += len(event)
             events.append(event)
             self.shown = self.shown or event.startswith(_CHUNK_STARTS)
-        ending = None if self._waiting else self._ending
-        self._frame = Frame(self.job_id, self._keys, self.holder, self.seq + 1, events, self.usage, ending)
-        self.usage = b""
-        self._settled.clear()
-        return self._frame
+        return events
 
     def answered(self, code: str, seq: int) -> None:
         """The server's answer to the frame."""
@@ -191,20 +218,21 @@ class Outbox:
         self._shrink()
 
     def _keep(self, event: bytes) -> None:
-        self._kept.append(event)
-        self._kept_size += len(event)
-        while self._kept_size > KEPT:
-            self._kept_size -= len(self._kept.popleft())
+        self._kept += event
+        self._kept += b"\n"
+        self._kept_count += 1
+        if len(self._kept) > KEPT + KEPT_SLACK:
+            cut = self._kept.index(b"\n", len(self._kept) - KEPT - 1) + 1
+            self._kept_count -= self._kept.count(b"\n", 0, cut)
+            del self._kept[:cut]
 
     def _go_back(self, frame: Frame, seq: int) -> None:
         """The server lost events that it had acknowledged: send the same ones again, or fail the job honestly."""
         lost = self.seq - seq
         self.seq = seq
         self.usage = self.usage or frame.usage
-        if lost <= len(self._kept):
-            again = [self._kept.pop() for _ in range(lost)][::-1]
-            self._kept_size -= sum(map(len, again))
-            self._waiting.extendleft(reversed([*again, *frame.events]))
+        if lost <= self._kept_count:
+            self._waiting.extendleft(reversed([*self._take_back(lost), *frame.events]))
             return
         self._clear()
         self.finish(
@@ -213,8 +241,15 @@ class Outbox:
         )
         self._notify("log_lost")
 
+    def _take_back(self, count: int) -> list[bytes]:
+        events = bytes(self._kept).split(b"\n")[:-1]
+        still = len(events) - count
+        self._kept = bytearray(b"".join(event + b"\n" for event in events[:still]))
+        self._kept_count = still
+        return events[still:]
+
     def _stop(self, code: str) -> None:
-        self._clear()
+        self.abandon()
         self._notify(code)
 
     def _clear(self) -> None:

@@ -150,15 +150,17 @@ class Process:
 
     def _stop_job(self, rq_id: str) -> None:
         """RQ's stop-job: cancel the job for good."""
-        for entry, _ in self._running.values():
+        for entry, relay in self._running.values():
             if entry.rq_job.id == rq_id:
-                self._service(self._cancel(entry.job_id))
+                self._service(self._cancel(relay))
 
-    async def _cancel(self, job_id: str) -> None:
+    async def _cancel(self, relay: Relay) -> None:
         try:
-            await self._client.run(calls.cancel(self._settings.keys, job_id))
+            await self._client.run(calls.cancel(self._settings.keys, relay.job_id))
         except RedisUnavailable as error:
-            log.warning("job.stop_failed", job=job_id, reason=str(error))
+            log.warning("job.stop_failed", job=relay.job_id, reason=str(error))
+        else:
+            relay.look()
 
     # Ending ------------------------------------------------------------------------------------------------------
 

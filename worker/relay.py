@@ -89,8 +89,14 @@ class Relay:
         return status
 
     def hand_over(self) -> None:
-        """Stop, and give the job back at once so that another worker takes it."""
-        self._interrupt("released")
+        """Stop, and give the job back at once so that another worker takes it; not when only its end is unwritten."""
+        if not self._outbox.finishing:
+            self._interrupt("released")
+
+    def look(self) -> None:
+        """Ask now, not with the next heartbeat, whether the job is still ours."""
+        if self._stopped is None and not self._outbox.ended:
+            self._services.writer.notify(self._outbox)
 
     def _interrupt(self, code: str) -> None:
         if self._stopped is None and not self._outbox.ended:
@@ -104,7 +110,7 @@ class Relay:
             await self._outbox.settled()  # the `failed` event that says so
             return "failed"
         if code == "released":
-            self._outbox.drop_chunks()
+            self._outbox.abandon()  # not only the chunks: an end without them would be a lie
             release = calls.release(
                 self._services.keys, self.job_id, self._outbox.holder, lease=self._services.settings.lease
             )
@@ -178,13 +184,15 @@ class Relay:
     def _pass_on(self, answer: Answer, clock: Clock, parts: Sequence[Part]) -> None:
         content = False
         for part in parts:
-            answer.take(part)
             if isinstance(part, Piece):
+                answer.pieces += 1
                 content = True
                 if part.delta is None:
                     self._outbox.text(part.index, part.text)
                 else:
                     self._outbox.event(compact("chunk", index=part.index, n=1, delta=part.delta))
+            else:
+                answer.take(part)
         if content:
             now = clock.content()
             if now - self._usage_at >= USAGE_EVERY:
@@ -239,7 +247,7 @@ class Relay:
             try:
                 claim: Claim = await services.run(wanted)
             except RedisUnavailable as error:
-                self._log.warning("redis.away", reason=str(error))
+                self._log.warning("job.restart_waits", reason=str(error))
                 await asyncio.sleep(AWAY)
             else:
                 return claim

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import redis
+import redis.exceptions
 from rq.command import handle_command, parse_payload
 from rq.defaults import RQ_KEY_PREFIX
+from rq.exceptions import NoSuchJobError
 from rq.executions import Execution
 from rq.job import Job, JobStatus
 from rq.queue import Queue
@@ -38,9 +40,9 @@ MAX_DATA: Final = 4096
 """Bytes of a delivery's call, unpacked: function, id and brackets are about 120."""
 
 BEATS_PER_TRANSACTION: Final = 100
-_REFUSED_FIELDS: Final = (
-    "success_callback_name", "failure_callback_name", "stopped_callback_name", "webhooks", "retry_intervals",
-    "repeats_left", "rate_limit_key",
+_REFUSED: Final = (
+    "success_callback_name", "failure_callback_name", "stopped_callback_name", "webhooks", "retries_left",
+    "retry_intervals", "repeats_left", "rate_limit_key",
 )  # fmt: skip
 
 
@@ -65,13 +67,29 @@ class Entry:
     execution: Execution | None = None
 
 
+class DeliveryJob(Job):
+    """An RQ job as its hash says, but for what would make RQ run something: its maintenance reads hashes too."""
+
+    def restore(self, raw_data: Mapping[bytes, Any]) -> Any:
+        """Raises NoSuchJobError, which RQ expects, for a hash that cannot be read."""
+        harmless = {name: value for name, value in raw_data.items() if name.decode("utf-8", "replace") not in _REFUSED}
+        try:
+            return super().restore(harmless)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise NoSuchJobError(f"the hash of job {self.id} cannot be read: {error}") from None
+
+
 class StreamWorker(BaseWorker):
     """An RQ worker that runs many jobs on one loop."""
 
     def __init__(self, queue_names: Sequence[str], connection: redis.Redis, name: str | None, **kwargs: Any) -> None:
         super().__init__(
-            [Queue(each, connection=connection, serializer=JSONSerializer) for each in queue_names],
-            name=name, connection=connection, serializer=JSONSerializer, log_job_description=False, **kwargs,
+            [
+                Queue(each, connection=connection, serializer=JSONSerializer, job_class=DeliveryJob)
+                for each in queue_names
+            ],
+            name=name, connection=connection, serializer=JSONSerializer, job_class=DeliveryJob,
+            log_job_description=False, **kwargs,
         )  # fmt: skip
         self.on_stop: Callable[[str], object] = lambda _rq_id: None
         """Called from RQ's command thread with the RQ id of a job that is to stop."""
@@ -89,6 +107,14 @@ class StreamWorker(BaseWorker):
         self.register_birth()  # type: ignore[no-untyped-call]
         self.subscribe()  # type: ignore[no-untyped-call]
         self.set_state(WorkerStatus.IDLE)
+
+    def unsubscribe(self) -> None:
+        """Stop listening. RQ's own order wakes the thread before it may stop, and often waits a second in vain."""
+        thread: Any = self.pubsub_thread
+        if thread is not None and self.pubsub is not None:
+            thread.stop()
+            self.pubsub.unsubscribe()  # type: ignore[no-untyped-call]  # wakes the thread, which closes it
+            thread.join(timeout=1)
 
     def handle_payload(self, message: Mapping[str, Any]) -> None:
         """A command: stopping a job cancels it; the rest is RQ's (shutdown is a SIGINT to this process)."""
@@ -115,15 +141,15 @@ class StreamWorker(BaseWorker):
             if reply[0] == b"suspended":
                 return None
             return [
-                (int(i) - 1, rq_id.decode("utf-8", "replace"))
+                (int(i) - 1, rq_id.decode("utf-8", "surrogateescape"))
                 for i, rq_id in zip(reply[1::2], reply[2::2], strict=True)
             ]
 
         return Call("take", names, [most], decode)
 
-    def job_key(self, rq_id: str) -> str:
+    def job_key(self, rq_id: str) -> bytes:
         """Where RQ keeps the hash of a job."""
-        return f"{RQ_KEY_PREFIX}:job:{rq_id}"
+        return _raw(f"{RQ_KEY_PREFIX}:job:{rq_id}")
 
     def read(self, queue_number: int, rq_id: str, fields: Mapping[bytes, bytes]) -> Entry:
         """Check an entry's hash, which anybody may have written. Raises PoisonError.
@@ -132,7 +158,7 @@ class StreamWorker(BaseWorker):
         """
         if not fields:
             raise PoisonError("its hash is gone")
-        for name in _REFUSED_FIELDS:
+        for name in _REFUSED:
             if fields.get(name.encode()):
                 raise PoisonError(f"it carries {name}, which this worker does not run")
         job_id = _asked_for(fields.get(b"data", b""))
@@ -167,11 +193,16 @@ class StreamWorker(BaseWorker):
             for entry, status in ended:
                 if entry.rq_job.dependents_key not in waited_for:
                     self._book_end(entry, status, pipe)
-            self.set_state(WorkerStatus.BUSY if self._entries else WorkerStatus.IDLE, pipeline=pipe)
+            self._tell_state(pipe)
             pipe.execute()
         for entry, status in ended:
             if entry.rq_job.dependents_key in waited_for:
-                self._end_with_dependents(entry, status)
+                self._end_for_dependents(entry, status)
+        if waited_for:
+            self._tell_state()
+
+    def _tell_state(self, pipe: Any = None) -> None:
+        self.set_state(WorkerStatus.BUSY if self._entries else WorkerStatus.IDLE, pipeline=pipe)
 
     def _book_start(self, entry: Entry, pipe: Any) -> None:
         job = entry.rq_job
@@ -208,6 +239,17 @@ class StreamWorker(BaseWorker):
         self.increment_total_working_time(job.ended_at - (job.started_at or job.ended_at), pipe)
         self.cleanup_execution(job, pipeline=pipe, execution=execution)
 
+    def _end_for_dependents(self, entry: Entry, status: str) -> None:
+        try:
+            self._end_with_dependents(entry, status)
+        except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError):
+            raise
+        except Exception as error:  # noqa: BLE001 - RQ's code on what anybody may have written there
+            self.log.warning("the dependents of %s cannot be enqueued: %s", entry.rq_job.id, type(error).__name__)
+            with self.connection.pipeline(transaction=True) as pipe:
+                self._book_end(entry, status, pipe)
+                pipe.execute()
+
     def _end_with_dependents(self, entry: Entry, status: str) -> None:
         """RQ's own way: other RQ jobs wait for this one."""
         job = entry.rq_job
@@ -223,11 +265,11 @@ class StreamWorker(BaseWorker):
         else:
             self.handle_job_success(job, queue, queue.started_job_registry, entry.execution)
 
-    def put_aside(self, queue_number: int, rq_id: str, reason: str, *, keep: bool) -> None:
+    def put_aside(self, queue_number: int, rq_id: str, reason: str, keep: bool) -> None:
         """Take a poisoned entry out of the way; with `keep` its hash stays for a while, failed, with the reason."""
         queue = self.queues[queue_number]
         with self.connection.pipeline(transaction=False) as pipe:
-            pipe.lrem(queue.intermediate_queue_key, 1, rq_id)
+            pipe.lrem(queue.intermediate_queue_key, 1, _raw(rq_id))  # type: ignore[arg-type]
             if keep:
                 key = self.job_key(rq_id)
                 mapping: dict[str, Any] = {
@@ -259,6 +301,11 @@ class StreamWorker(BaseWorker):
 
     def _queue_of(self, job: Job) -> Queue:
         return next(queue for queue in self.queues if queue.name == job.origin)
+
+
+def _raw(name: str) -> bytes:
+    """As it stood in the queue: not everything there is text."""
+    return name.encode("utf-8", "surrogateescape")
 
 
 def _asked_for(data: bytes) -> str:

@@ -17,6 +17,7 @@ from millstream import calls
 from millstream.async_client import AsyncClient
 from millstream.delivery import job_of, queue_key
 from millstream.errors import RedisUnavailable
+from millstream.job import is_id
 from millstream.keys import LANES
 
 EVERY: Final = 1.0
@@ -53,7 +54,10 @@ class Sweeper:
         pipe.zrange(self._client.keys.open, 0, BATCH - 1, withscores=True)
         (seconds, micros), scored = await pipe.execute()
         now = seconds * 1000 + micros // 1000
-        return [member.decode() for member, score in scored if score <= now]
+        due = [member for member, score in scored if score <= now]
+        if strange := [member for member in due if not is_id(member)]:
+            await self._client.redis.zrem(self._client.keys.open, *strange)
+        return [member.decode() for member in due if is_id(member)]
 
     async def _sweep(self, due: list[str]) -> None:
         keys, lease = self._client.keys, self._client.settings.lease
@@ -67,4 +71,4 @@ class Sweeper:
         head = await self._client.redis.lindex(queue_key(self._client.keys, lane), 0)
         job_id = job_of(head.decode("utf-8", "replace")) if head else None
         created = await self._client.redis.hget(self._client.keys.state(job_id), "created") if job_id else None
-        return int(created) if created else None
+        return int(created) if created and created.isdigit() else None

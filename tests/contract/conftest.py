@@ -97,3 +97,9 @@ def hands(client: Client) -> Hands:
 def sent(request: pytest.FixtureRequest, client: Client) -> Hands:
     """As `hands`; in the second round every call is sent twice, and must have the effect and the reply of one."""
     return Hands(client, twice=request.param)
+
+
+@pytest.fixture(params=["sync", "async"])
+def kind(request: pytest.FixtureRequest) -> str:
+    """Which of the two clients."""
+    return str(request.param)

@@ -1,12 +1,11 @@
-"""The library people call, sync and async: results, callbacks, listings, the feed, and a server that goes away."""
+"""The library people call, sync and async: results, callbacks, listings and the feed."""
 
 from __future__ import annotations
 
 import asyncio
 import inspect
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import fakeredis
@@ -19,25 +18,13 @@ from millstream import (
     JobCancelled,
     JobFailed,
     JobNotFound,
-    LogRewound,
-    RedisUnavailable,
     ResultTimeout,
     Settings,
 )
-from millstream import client as client_module
-from millstream.testing import ManualClock, ScriptedChannel, fake_async_client, fake_client
-from tests.contract.consumers import Consumer, wait_until
-from tests.oracle import check_consumers, check_keys, check_log
-from tests.valkey import Valkey
-
-only_valkey = pytest.mark.parametrize("backend", ["valkey"], indirect=True)
+from millstream.testing import ScriptedChannel, fake_async_client
+from tests.oracle import check_log
 
 Api = Callable[..., Any]
-
-
-@pytest.fixture(params=["sync", "async"])
-def kind(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
 
 
 @pytest.fixture
@@ -211,177 +198,3 @@ async def test_the_async_feed_tells_the_same(async_client: AsyncClient, client: 
     found = await waiting
     await feed.aclose()
     assert (found.id[0], found.status) == ("k", "cancelled")
-
-
-# A server that goes away -------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def own_server(valkey: Valkey) -> Iterator[Valkey]:
-    """A server of this test's own, to be killed; every write is on disk before it is answered."""
-    server = Valkey.start(appendfsync="always")
-    yield server
-    server.close()
-
-
-def test_following_outlasts_a_server_that_is_killed(own_server: Valkey, kind: str) -> None:
-    """kill -9 and a restart with its AOF, three times in the middle of a stream: every list equals the log."""
-    settings = Settings(redis_url=own_server.url)
-    with Client(settings=settings) as client:
-        channel = ScriptedChannel(client)
-        client.submit("Hi", id="j")
-        channel.start("j")
-
-        def make() -> Client | AsyncClient:
-            return Client(settings=settings) if kind == "sync" else AsyncClient(settings=settings)
-
-        consumers = [Consumer(make, ["j"]) for _ in range(3)]
-        for _ in range(3):
-            for i in range(20):
-                channel.chunk("j", f"{i} ")
-            for consumer in consumers:
-                consumer.wait_for(2)
-            own_server.kill()
-            own_server.restart()
-            channel.chunk("j", "again ")
-        channel.complete("j")
-        seen = [consumer.join()["j"] for consumer in consumers]
-        log = check_log(client, "j")
-        assert len(log) == 65
-        check_consumers(seen, log)
-        check_keys(client.redis, client.keys)
-
-
-def test_a_server_that_lost_its_data_shows_no_mixture(own_server: Valkey, kind: str) -> None:
-    """What was read is longer than what is there now: the reader says so."""
-    settings = Settings(redis_url=own_server.url)
-    with Client(settings=settings) as client:
-        channel = ScriptedChannel(client)
-        client.submit("Hi", id="j")
-        channel.start("j")
-        channel.chunk("j", "a")
-        kept = {name: client.redis.dump(name) for name in (client.keys.log("j"), client.keys.state("j"))}
-        channel.chunk("j", "b")
-        consumer = Consumer(
-            lambda: Client(settings=settings) if kind == "sync" else AsyncClient(settings=settings), ["j"]
-        )
-        consumer.wait_for(3)
-        for name, dump in kept.items():
-            client.redis.restore(name, 0, dump, replace=True)
-        client.redis.client_kill_filter(_type="pubsub")
-        with pytest.raises(LogRewound, match="event 3 was seen, the log ends at 2"):
-            consumer.join()
-        client.redis.flushall()
-
-
-def test_a_log_that_was_written_anew_shows_no_mixture(own_server: Valkey, kind: str) -> None:
-    """It is longer than what was read, but a newer attempt wrote the event that was read last."""
-    settings = Settings(redis_url=own_server.url)
-    with Client(settings=settings) as client:
-        channel = ScriptedChannel(client)
-        names = (client.keys.log("j"), client.keys.state("j"))
-        client.submit("Hi", id="j")
-        channel.start("j")
-        channel.chunk("j", "a")
-        before = {name: client.redis.dump(name) for name in names}
-        channel.restart("j")
-        channel.chunk("j", "z")
-        anew = {name: client.redis.dump(name) for name in names}
-        for name, dump in before.items():
-            client.redis.restore(name, 0, dump, replace=True)
-        channel = ScriptedChannel(client)
-        channel.start("j")  # the same token: goes on as attempt 1
-        consumer = Consumer(
-            lambda: Client(settings=settings) if kind == "sync" else AsyncClient(settings=settings), ["j"]
-        )
-        consumer.wait_for(3)
-        for name, dump in anew.items():
-            client.redis.restore(name, 0, dump, replace=True)
-        client.redis.client_kill_filter(_type="pubsub")
-        with pytest.raises(LogRewound, match="event 3 was seen, the log ends at 4 or was written anew"):
-            consumer.join()
-        client.redis.flushall()
-
-
-def test_a_result_keeps_its_time_while_the_server_is_away(
-    own_server: Valkey, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The caller's timeout holds during an outage too: it is told that Redis cannot be reached."""
-    monkeypatch.setattr("millstream.redis_door.RETRIES", 1)
-    settings = Settings(redis_url=own_server.url)
-    with Client(settings=settings) as client:
-        client.submit("Hi", id="j")
-
-    async def ask() -> None:
-        async with AsyncClient(settings=settings) as made:
-            await made.result("j", timeout=1.0)
-
-    caught: list[BaseException] = []
-
-    def wait_for_it() -> None:
-        try:
-            if kind == "sync":
-                with Client(settings=settings) as made:
-                    made.result("j", timeout=1.0)
-            else:
-                asyncio.run(ask())
-        except RedisUnavailable as error:
-            caught.append(error)
-
-    waiter = threading.Thread(target=wait_for_it, daemon=True)
-    waiter.start()
-    with Client(settings=settings) as client:
-        wait_until(lambda: client.redis.pubsub_numsub(client.keys.chunks("j"))[0][1] == 1, "the subscription")
-    own_server.kill()
-    waiter.join(20)
-    assert not waiter.is_alive()
-    assert "cannot be reached" in str(caught[0])
-
-
-def test_an_outage_that_lasts_is_said(own_server: Valkey, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A follower outlasts OUTAGE seconds of a server that is away, then raises RedisUnavailable."""
-    monkeypatch.setattr("millstream.redis_door.RETRIES", 0)
-    monkeypatch.setattr(client_module, "OUTAGE", 0.5)
-    monkeypatch.setattr("millstream.async_client.OUTAGE", 0.5)
-    settings = Settings(redis_url=own_server.url)
-    with Client(settings=settings) as client:
-        channel = ScriptedChannel(client)
-        client.submit("Hi", id="j")
-        channel.start("j")
-        consumer = Consumer(
-            lambda: Client(settings=settings) if kind == "sync" else AsyncClient(settings=settings), ["j"]
-        )
-        consumer.wait_for(1)
-        own_server.kill()
-        with pytest.raises(RedisUnavailable, match="make up starts one"):
-            consumer.join()
-
-
-def test_what_happens_before_the_subscription_is_not_missed(
-    kind: str, client: Client, channel: ScriptedChannel, settings: Settings, backend: str,
-    fake_server: fakeredis.FakeServer, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    """The job ends between the first look at its log and the subscription, so no message will ever tell of it."""
-    client.submit("Hi", id="j")
-    channel.start("j")
-    made: list[Client | AsyncClient] = []
-    subscribe: Any = {"sync": Client._subscribed, "async": AsyncClient._subscribed}[kind]
-
-    def too_late(self: Any, job_ids: Any) -> Any:
-        made.append(self)
-        channel.chunk("j", "meanwhile")
-        channel.complete("j")
-        return subscribe(self, job_ids)
-
-    def make() -> Client | AsyncClient:
-        options: dict[str, Any] = {"clock": ManualClock()}  # silence never comes
-        if backend == "fake":
-            if kind == "sync":
-                return fake_client(settings, server=fake_server, **options)
-            return fake_async_client(settings, server=fake_server, **options)
-        return Client(settings=settings, **options) if kind == "sync" else AsyncClient(settings=settings, **options)
-
-    monkeypatch.setattr(Client if kind == "sync" else AsyncClient, "_subscribed", too_late)
-    seen = Consumer(make, ["j"]).join()["j"]
-    assert len(made) == 1
-    check_consumers([seen], check_log(client, "j"))

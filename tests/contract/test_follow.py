@@ -163,7 +163,7 @@ def test_what_cannot_be_followed_is_said(client: Client, channel: ScriptedChanne
         follow("../x").join()
     client.submit("Hi", id="j")
     channel.start("j")
-    with pytest.raises(LogRewound, match="event 7 was seen, the log ends at 1"):
+    with pytest.raises(LogRewound, match="does not reach event 7: it ends at 1"):
         follow("j", after=7).join()
     channel.complete("j")
     client.redis.delete(client.keys.log("j"))

@@ -135,20 +135,24 @@ def test_the_command_line_client_sees_the_events_too(shared: World, program: str
     """`redis-cli SUBSCRIBE millstream:{JOB}:chunks` shows the same events, one JSON object each."""
     if shutil.which(program) is None:
         pytest.skip(f"no {program} on PATH")
-    job_id = shared.submit(f"seen by {program}", model="scripted:first=0.3,chunks=20")
-    with subprocess.Popen(
-        [program, "-u", shared.url, "SUBSCRIBE", shared.keys.chunks(job_id)], stdout=subprocess.PIPE, text=True
-    ) as cli:
+    prompt = f"seen by {program}"
+    shared.upstream.on(answer(WaitFor(program), Text(20, 0.005, seed=1)), prompt=prompt)
+    job_id = shared.submit(prompt)
+    shared.held(program)
+    shared.wait_for_seq(job_id, 1)
+    channel = shared.keys.chunks(job_id)
+    with subprocess.Popen([program, "-u", shared.url, "SUBSCRIBE", channel], stdout=subprocess.PIPE, text=True) as cli:
         assert cli.stdout is not None
         try:
-            heard = [decode(line) for line in iter(cli.stdout.readline, "") if line.startswith('{"v"')][:1]
-            log = shared.check(job_id)
-            while not heard[-1].terminal:
+            wait_until(lambda: shared.redis.pubsub_numsub(channel)[0][1] == 1, "subscribed")
+            shared.upstream.open_gate(program)
+            heard: list[Any] = []
+            while not heard or not heard[-1].terminal:
                 line = cli.stdout.readline()
                 heard += [decode(line)] if line.startswith('{"v"') else []
         finally:
             cli.kill()
-    assert timeless(heard) == log[heard[0].seq - 1 :]
+    assert timeless(heard) == shared.check(job_id)[1:]
 
 
 def test_the_running_usage_of_a_long_answer_is_kept(shared: World) -> None:

@@ -25,7 +25,7 @@ def test_the_worker_is_pointed_at_the_local_model() -> None:
     assert environ["OPENAI_BASE_URL"] == "http://127.0.0.1:2/v1"
     assert environ["OPENAI_API_KEY"] == "local"
     assert environ["MILLSTREAM_MODEL"] == "smollm2-135m"
-    assert environ["MILLSTREAM_MAX_STREAMS"] == "4"
+    assert environ["MILLSTREAM_STREAMS"] == "4"
 
 
 def test_a_proxy_is_not_asked_for_the_local_model() -> None:
@@ -59,7 +59,7 @@ def test_a_model_elsewhere_keeps_its_settings() -> None:
     environ = Plan.from_environ(given).for_worker("redis://127.0.0.1", None)
     assert {**environ, **given} == environ
     assert environ["OPENAI_API_KEY"] == "none"
-    assert "MILLSTREAM_MAX_STREAMS" not in environ
+    assert "MILLSTREAM_STREAMS" not in environ
     assert Plan.from_environ({"OPENAI_API_KEY": KEY}).for_worker("redis://x", None)["OPENAI_API_KEY"] == KEY
 
 

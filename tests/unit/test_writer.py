@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from millstream.calls import Ending
 from millstream.events import compact, compact_text
 from tests.unit.writer_desk import Desk, Line, flown, leaping, text_of, turns
-from worker.outbox import KEPT, MAX_FRAME, Outbox
+from worker.outbox import KEPT, KEPT_SLACK, MAX_FRAME, Outbox
 from worker.writer import HEARTBEAT, MAX_CALL, MAX_JOBS, MAX_PAUSE
 
 BEAT: Final = 0.5
@@ -307,14 +307,14 @@ async def test_after_a_gap_the_same_events_come_again_with_the_same_seqs() -> No
 
 @flown
 async def test_a_loss_beyond_what_is_kept_ends_the_job_as_log_lost() -> None:
-    """More than the last 64 KB is gone: the job fails, says so in the log that is there, and its relay is told."""
+    """More than what is kept is gone: the job fails, says so in the log that is there, and its relay is told."""
     line = Line()
     async with Desk(line) as desk:
         outbox = desk.outbox("j")
         for number in range(10):
             desk.say(outbox, str(number) * 10_000)
             await outbox.settled()
-        del line.logs["j"][-(KEPT // 10_002) - 1 :]
+        del line.logs["j"][-((KEPT + KEPT_SLACK) // 10_002) - 1 :]
         left = list(line.logs["j"])
         desk.say(outbox, "never written")
         await outbox.settled()

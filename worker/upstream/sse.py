@@ -49,6 +49,16 @@ class SseDecoder:
 
     def feed(self, packet: bytes) -> list[bytes | Named]:
         """The events that are complete with this packet. Raises EventTooLargeError."""
+        # The usual packet is one whole `data` event; telling so by two searches saves half of its cost.
+        if (
+            packet[:6] == b"data: "
+            and packet.find(b"\n") == len(packet) - 2
+            and not (self._tails or self._data or self._name)
+            and packet[-1:] == b"\n"
+            and b"\r" not in packet
+        ):
+            self._first = False
+            return [packet[6:-2]]
         if self._first:
             packet = self._without_bom(packet)
         if b"\n" not in packet and b"\r" not in packet and (not self._tails or self._tails[-1][-1:] != b"\r"):
