@@ -68,9 +68,12 @@ def test_rqs_command_line_shows_worker_and_counts(world: World) -> None:
     world.upstream.open_gate("info")
     for job_id in jobs:
         assert world.outcome(job_id).status == "completed"
-    wait_until(lambda: worker_state(world) == "idle", "nothing runs any more")
-    [known] = Worker.all(connection=world.redis)
-    assert (known.successful_job_count, known.failed_job_count) == (5, 0)
+
+    def booked() -> bool:
+        [known] = Worker.all(connection=world.redis)
+        return (known.successful_job_count, known.failed_job_count, known.get_state()) == (5, 0, "idle")
+
+    wait_until(booked, "all five are in RQ's books, and nothing runs any more")
     assert len(FinishedJobRegistry(queue=queue_of(world)).get_job_ids()) == 5
     assert rq_ids(world, jobs) == {}
 
