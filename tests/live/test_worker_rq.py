@@ -68,19 +68,15 @@ def test_rqs_command_line_shows_worker_and_counts(world: World) -> None:
     world.upstream.open_gate("info")
     for job_id in jobs:
         assert world.outcome(job_id).status == "completed"
-
-    def booked() -> bool:
-        [known] = Worker.all(connection=world.redis)
-        return (known.successful_job_count, known.failed_job_count, known.get_state()) == (5, 0, "idle")
-
-    wait_until(booked, "all five are in RQ's books, and nothing runs any more")
+    wait_until(lambda: worker_books(world) == ("idle", 5, 0), "RQ's books say so")
     assert len(FinishedJobRegistry(queue=queue_of(world)).get_job_ids()) == 5
     assert rq_ids(world, jobs) == {}
 
 
-def worker_state(world: World) -> str:
+def worker_books(world: World) -> tuple[str, int, int]:
+    """The one worker's state, and how many of its jobs went well and failed."""
     [known] = Worker.all(connection=world.redis)
-    return str(known.get_state())
+    return str(known.get_state()), known.successful_job_count, known.failed_job_count
 
 
 def test_rqs_stop_command_stops_one_of_fifty(world: World, say: Callable[[str], None]) -> None:
