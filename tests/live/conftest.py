@@ -23,6 +23,9 @@ from tests.valkey import Valkey
 LEASE: Final = 2.0
 """Seconds, short so that a lost lease is found soon; the smallest that two busy cores renew without fail."""
 
+SHORTEST: Final = 1.0
+"""Seconds, for tests that wait for four leases to pass and hold none meanwhile."""
+
 KEY: Final = "sk-canary-3f1c0a77d2"
 """The upstream's key. It may be in the workers' environment and in the requests, and nowhere else."""
 
@@ -90,10 +93,6 @@ class World:
 
     def wait_for_seq(self, job_id: str, seq: int) -> None:
         wait_until(lambda: self.seq(job_id) >= seq, f"event {seq} of {job_id}")
-
-    def wait_for_status(self, job_id: str, *statuses: str, within: float = PATIENCE) -> str:
-        wait_until(lambda: self.status(job_id) in statuses, f"{job_id} is {' or '.join(statuses)}", within)
-        return self.status(job_id)
 
     def held(self, gate: str, count: int = 1) -> list[Exchange]:
         """The exchanges held at this gate, once there are so many."""

@@ -13,7 +13,7 @@ from typing import Final
 
 from millstream.events import Started
 from tests.contract.consumers import Consumer
-from tests.live.conftest import LEASE, World
+from tests.live.conftest import LEASE, SHORTEST, World
 from tests.live.worker_process import environment, wait_until
 from tests.oracle import read_log
 from tests.upstream import Stall, Text, WaitFor, answer, expected_text
@@ -193,8 +193,9 @@ def test_a_frozen_worker_is_fenced_when_it_wakes(world: World) -> None:
     world.check_text(after, "after the thaw")
 
 
-def test_attempts_that_keep_dying_end_the_job(world: World) -> None:
+def test_attempts_that_keep_dying_end_the_job(make_world: Callable[..., World], valkey_url: str) -> None:
     """A job that takes its worker down every time fails after `max_attempts`, with a code that says so."""
+    world = make_world(valkey_url, MILLSTREAM_LEASE=f"{SHORTEST:g}")
     prompt = "kills its worker"
     world.upstream.on(answer(Text(3, seed=1), WaitFor("deadly"), Stall()), prompt=prompt)
     job_id = world.submit(prompt, max_attempts=2)

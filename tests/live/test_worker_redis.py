@@ -12,15 +12,15 @@ import pytest
 
 from millstream.events import Chunk, Started
 from tests.contract.consumers import Consumer
-from tests.live.conftest import LEASE, World
+from tests.live.conftest import SHORTEST, World
 from tests.live.worker_process import wait_until
 from tests.proxy import Proxy
 from tests.upstream import Chunk as Part
 from tests.upstream import Finish, Pause, Reset, Script, Text, WaitFor, answer, expected_text, seed_of
 from tests.valkey import Valkey
 
-AWAY: Final = 3 * LEASE
-"""Seconds without Redis: longer than a lease, and than a client's own retries (3 s)."""
+AWAY: Final = 4 * SHORTEST
+"""Seconds without Redis: four leases, and longer than a client's own retries (3 s)."""
 
 
 @pytest.fixture
@@ -39,11 +39,11 @@ def starts(world: World, job_id: str) -> list[tuple[int, str | None]]:
 def test_jobs_go_on_where_they_stood_when_redis_is_back(
     make_world: Callable[..., World], durable: Valkey, outage: str, say: Callable[[str], None]
 ) -> None:
-    """An outage of three leases: the worker keeps reading into its buffers, writes on afterwards, no attempt is lost.
+    """An outage of four leases: the worker keeps reading into its buffers, writes on afterwards, no attempt is lost.
 
     Consumers that followed all the time see the whole log; a job submitted before and taken afterwards runs too.
     """
-    world = make_world(durable.url, MILLSTREAM_STREAMS="20")
+    world = make_world(durable.url, MILLSTREAM_STREAMS="20", MILLSTREAM_LEASE=f"{SHORTEST:g}")
     prompts = [f"outage {number}" for number in range(20)]
     for number, prompt in enumerate(prompts):
         pace = 0.01 + 0.001 * number
@@ -111,7 +111,7 @@ def test_lost_replies_double_and_lose_nothing(
     Each job has one run upstream, its text is whole, no event is doubled, and no attempt is counted.
     """
     with Proxy(valkey_url) as proxy:
-        world, honest = make_world(proxy.url, MILLSTREAM_LEASE="1"), make_world(valkey_url)
+        world, honest = make_world(proxy.url, MILLSTREAM_LEASE=f"{SHORTEST:g}"), make_world(valkey_url)
         worker = world.worker()
         prompts = [f"lost reply {number}" for number in range(30)]
         for prompt in prompts:
@@ -144,7 +144,7 @@ def test_lost_replies_to_cancels_and_restarts(
     Whether that is a new attempt depends on whether anything of the first had been written when it broke.
     """
     with Proxy(valkey_url) as proxy:
-        world, honest = make_world(proxy.url, MILLSTREAM_LEASE="1"), make_world(valkey_url)
+        world, honest = make_world(proxy.url, MILLSTREAM_LEASE=f"{SHORTEST:g}"), make_world(valkey_url)
         world.worker()
         proxy.lose_every(5)
         broken = [f"broken under loss {number}" for number in range(20)]

@@ -18,7 +18,7 @@ from rq.suspension import resume, suspend
 
 from millstream.delivery import queue_key
 from millstream.events import Started
-from tests.live.conftest import LEASE, World
+from tests.live.conftest import SHORTEST, World
 from tests.live.worker_process import environment, wait_until
 from tests.upstream import Reset, Script, Stall, Text, WaitFor, answer, expected_text
 
@@ -68,16 +68,15 @@ def test_rqs_command_line_shows_worker_and_counts(world: World) -> None:
     world.upstream.open_gate("info")
     for job_id in jobs:
         assert world.outcome(job_id).status == "completed"
-    wait_until(lambda: worker_state(world) == "idle", "nothing runs any more")
-    [known] = Worker.all(connection=world.redis)
-    assert (known.successful_job_count, known.failed_job_count) == (5, 0)
+    wait_until(lambda: worker_books(world) == ("idle", 5, 0), "RQ's books say so")
     assert len(FinishedJobRegistry(queue=queue_of(world)).get_job_ids()) == 5
     assert rq_ids(world, jobs) == {}
 
 
-def worker_state(world: World) -> str:
+def worker_books(world: World) -> tuple[str, int, int]:
+    """The one worker's state, and how many of its jobs went well and failed."""
     [known] = Worker.all(connection=world.redis)
-    return str(known.get_state())
+    return str(known.get_state()), known.successful_job_count, known.failed_job_count
 
 
 def test_rqs_stop_command_stops_one_of_fifty(world: World, say: Callable[[str], None]) -> None:
@@ -202,8 +201,9 @@ def test_a_stock_worker_beside_ours_is_undisturbed(world: World) -> None:
         world.check_text(job_id, f"beside {number}")
 
 
-def test_a_stock_worker_that_takes_ours_says_what_it_needs(world: World) -> None:
+def test_a_stock_worker_that_takes_ours_says_what_it_needs(make_world: Callable[..., World], valkey_url: str) -> None:
     """It fails naming the worker that is needed, and the job still completes when a sweep has brought it back."""
+    world = make_world(valkey_url, MILLSTREAM_LEASE=f"{SHORTEST:g}")
     job_id = world.submit("taken by another")
     [rq_id] = [each.decode() for each in world.redis.lrange(queue_key(world.keys, "interactive"), 0, -1)]
     stock_worker(world, queue_of(world))
@@ -214,9 +214,9 @@ def test_a_stock_worker_that_takes_ours_says_what_it_needs(world: World) -> None
     began = time.monotonic()
     worker = world.worker()
     world.check_text(job_id, "taken by another")
-    assert time.monotonic() - began < 5 * LEASE + 2
+    assert time.monotonic() - began < 4 * SHORTEST + 4
     assert worker.said("sweep.delivered_again", because="vanished")
-    world.redis.delete("rq:failed:" + world.keys.queue("interactive"))
+    world.check_left()
 
 
 def test_what_depends_on_our_job_runs_after_it(world: World) -> None:
