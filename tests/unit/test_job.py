@@ -52,7 +52,7 @@ def test_a_prompt_is_one_user_message() -> None:
 )
 def test_a_spec_survives_redis(content: str, schema: Any, temperature: float, pairs: dict[str, str]) -> None:
     """What is built, encoded and parsed again is the same spec, and encodes to the same bytes."""
-    metadata = {name: text for name, text in pairs.items() if name}
+    metadata = {name[:64]: text[:512] for name, text in pairs.items() if name}
     built = build(content, model="m", temperature=temperature, response_format=schema, metadata=metadata)
     body = built.encode()
     assert parse(body) == built
