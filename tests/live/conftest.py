@@ -94,6 +94,10 @@ class World:
     def wait_for_seq(self, job_id: str, seq: int) -> None:
         wait_until(lambda: self.seq(job_id) >= seq, f"event {seq} of {job_id}")
 
+    def wait_for_status(self, job_id: str, *statuses: str, within: float = PATIENCE) -> str:
+        wait_until(lambda: self.status(job_id) in statuses, f"{job_id} is {' or '.join(statuses)}", within)
+        return self.status(job_id)
+
     def held(self, gate: str, count: int = 1) -> list[Exchange]:
         """The exchanges held at this gate, once there are so many."""
         found: list[Exchange] = self.upstream.journal.wait_for(
