@@ -40,6 +40,7 @@ def up(
     plan = Plan.from_environ(environ)
     with signals_interrupt(), sole_use(data):
         stack = Stack(plan, data, port=port, worker_command=worker_command, say=say)
+        hurried = False
         try:
             stack.start()
             say(summary(stack, plan, data))
@@ -47,9 +48,12 @@ def up(
                 stack.tend()
                 time.sleep(_LOOK)
         except KeyboardInterrupt:
+            hurried = True  # a second signal may come while these words are written: then nothing is waited for
             say("stopping: the worker finishes its streams first; Ctrl-C again ends everything at once")
+            hurried = False
         finally:
-            stack.stop()
+            if not hurried:
+                stack.stop()
     say("stopped; nothing is left running")
     return 0
 

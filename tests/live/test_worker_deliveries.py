@@ -121,7 +121,7 @@ def test_a_delivery_whose_rq_hash_expired_is_no_loss(world: World) -> None:
     worker = world.worker()
     world.check_text(job_id, "hash expired")
     worker.wait_for("intake.put_aside", rq_job=rq_id.decode())
-    assert intermediate(world) == []
+    wait_until(lambda: intermediate(world) == [], "the entry is out of the way")
 
 
 def test_backlogs_are_no_loss(hasty: World) -> None:
