@@ -4,13 +4,11 @@ openai.
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
-import aiohttp
 import httpx2
 import openai
 from openai import AsyncOpenAI, AsyncStream
@@ -18,13 +16,14 @@ from openai import AsyncOpenAI, AsyncStream
 from millstream.job import Spec
 
 from .config import UpstreamSettings
+from .connection import Response
 from .failures import UpstreamFailure, from_error, from_status
 from .stream import Stream
 from .transport import RawBodyTransport, body_of
 from .waits import retry_after
 
-DRAIN: Final = 1.0
-"""Seconds to wait for the end of a finished body, so that its connection can be used again."""
+PAGE_SECONDS: Final = 5.0
+"""What a body that is no event stream is waited for, in case it says what is wrong."""
 
 
 class Upstream:
@@ -47,7 +46,6 @@ class Upstream:
                 trust_env=False,
             ),
         )
-        self._draining: set[asyncio.Task[None]] = set()
 
     def request(self, spec: Spec) -> dict[str, Any]:
         """The body of a request for this spec."""
@@ -57,8 +55,6 @@ class Upstream:
 
     async def close(self) -> None:
         """Close every connection."""
-        for task in self._draining:
-            task.cancel()
         await self._client.close()
 
     @asynccontextmanager
@@ -85,14 +81,9 @@ class Upstream:
             raise self._redacted(failure) from None
         finally:
             if stream.done:
-                self._drain(response)
+                response.finish()
             else:
                 response.close()
-
-    def _drain(self, response: aiohttp.ClientResponse) -> None:
-        task = asyncio.create_task(_read_to_end(response))
-        self._draining.add(task)
-        task.add_done_callback(self._draining.discard)
 
     def _redacted(self, failure: UpstreamFailure) -> UpstreamFailure:
         """The failure without the key, should the upstream have echoed it."""
@@ -102,37 +93,21 @@ class Upstream:
         return failure
 
 
-async def _check_kind(body: aiohttp.ClientResponse) -> None:
+async def _check_kind(body: Response) -> None:
     """A 200 may still be an error page. Raises UpstreamFailure unless it is an event stream, uncompressed."""
-    encoding = body.headers.get("content-encoding", "identity").lower()
+    encoding = body.header(b"content-encoding").lower()
     if encoding not in ("", "identity"):
         raise UpstreamFailure("malformed_stream", f"the upstream sent {encoding[:20]!r} although none was asked for")
-    kind = body.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind = body.header(b"content-type").partition(";")[0].strip().lower()
     if kind == "text/event-stream":
         return
     try:
-        start = await asyncio.wait_for(body.content.read(64 * 1024), timeout=5)
-    except (aiohttp.ClientError, OSError, TimeoutError):
-        start = b""
-    try:
-        found = json.loads(start)
-    except ValueError:
+        found = json.loads(await body.read(64 * 1024, PAGE_SECONDS))
+    except (ValueError, RecursionError):
         found = None
     if isinstance(found, dict) and found.get("error"):
         raise from_error(found["error"])
     raise UpstreamFailure("malformed_stream", f"found {kind[:60] or 'no content type'!r}, expected an event stream")
-
-
-async def _read_to_end(body: aiohttp.ClientResponse) -> None:
-    try:
-        async with asyncio.timeout(DRAIN):
-            while await body.content.readany():
-                pass
-            body.release()
-    except (aiohttp.ClientError, OSError, TimeoutError):
-        pass
-    finally:
-        body.close()  # nothing to do when it was released
 
 
 def _from_response(response: httpx2.Response, body: Any) -> UpstreamFailure:

@@ -1,18 +1,17 @@
 """The answer as it comes: bytes are taken from the connection the moment they arrive, without waking a task for each.
 
-aiohttp parses the HTTP framing. A tap in front of its protocol hands what it parsed on, in the same turn of the loop:
-a future and a task's step for every chunk would cost as much as decoding it (measured: a sixth of all reading).
+connection.py hands each piece of the body on in the turn of the loop that brought it, down to the outbox: a future and
+a task's step for every chunk would cost as much as decoding it.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Final, cast
-
-import aiohttp
+from typing import Final
 
 from .chunks import DONE, Chunks, Part
+from .connection import BrokenError, Response
 from .failures import UpstreamFailure
 from .sse import EventTooLargeError, Named, SseDecoder
 
@@ -23,16 +22,16 @@ Take = Callable[[Sequence[Part]], bool]
 
 
 class Stream:
-    """One response's body, decoded."""
+    """One response's body, decoded. The `Sink` of its response."""
 
-    def __init__(self, body: aiohttp.ClientResponse, max_answer: int = MAX_ANSWER) -> None:
+    def __init__(self, body: Response, max_answer: int = MAX_ANSWER) -> None:
         self._body = body
         self._max_answer = max_answer
         self._decoder = SseDecoder()
         self._chunks = Chunks()
         self._bytes = 0
-        self._inside = False
-        self._failure: UpstreamFailure | None = None
+        self._take: Take = _nothing
+        self._failure: Exception | None = None
         self._full = False
         self._ended = False
         self._wake: asyncio.Future[None] | None = None
@@ -44,37 +43,16 @@ class Stream:
 
         `take` answers whether it has room for more; if not, the reading pauses until `room()` returns.
         """
-        connection = self._body.connection
-        if connection is None or connection.transport is None:  # the whole body came with its headers
-            await self._read_out(take, room)
-            return
-        transport = connection.transport
-        inner = cast("asyncio.Protocol", connection.protocol)
-        transport.set_protocol(_Tap(inner, lambda: self._arrived(take)))
-        try:
-            self._arrived(take)
-            while not self._over:
-                if not self._full:  # it may be again, from what had been parsed already: then nobody wakes us
-                    self._wake = asyncio.get_running_loop().create_future()
-                    await self._wake
-                if self._full and not self._over:
-                    transport.pause_reading()
-                    await room()
-                    self._full = False
-                    transport.resume_reading()
-                    self._arrived(take)
-        finally:
-            if not transport.is_closing():
-                transport.set_protocol(inner)
-        if self._failure is not None:
-            raise self._failure
-
-    async def _read_out(self, take: Take, room: Callable[[], Awaitable[None]]) -> None:
-        self._arrived(take)
+        self._take = take
+        self._body.start(self)
         while not self._over:
-            await room()
-            self._full = False
-            self._arrived(take)
+            if not self._full:  # it may be again, from what had come already: then nobody wakes us
+                self._wake = asyncio.get_running_loop().create_future()
+                await self._wake
+            if self._full and not self._over:
+                await room()
+                self._full = False
+                self._body.resume()
         if self._failure is not None:
             raise self._failure
 
@@ -82,25 +60,34 @@ class Stream:
     def _over(self) -> bool:
         return self.done or self._ended or self._failure is not None
 
-    def _arrived(self, take: Take) -> None:
-        """Decode what aiohttp has parsed; runs in the turn of the loop that brought it."""
-        if self._inside or self._full or self._over:
-            return  # taking data may make aiohttp parse more, which calls here again
-        self._inside = True
-        content = self._body.content
+    def data(self, packet: bytes) -> None:
+        """Decode what came; runs in the turn of the loop that brought it."""
+        if self.done or self._failure is not None:
+            return
         try:
-            if error := content.exception():
-                raise UpstreamFailure("stream_broken", f"the connection broke ({type(error).__name__})")
-            while not self._full and not self._over and (packet := content.read_nowait()):
-                self._full = not take(self._decode(packet))
-            if not self._full and not self._over and content.at_eof():
-                self._ended = True
-                take(self._events(self._decoder.close()))
+            room = self._take(self._decode(packet))
         except UpstreamFailure as failure:
-            self._failure = failure
-        finally:
-            self._inside = False
-        if (self._full or self._over) and self._wake is not None and not self._wake.done():
+            self._failure, room = failure, True
+        if room and not self.done and self._failure is None:
+            return
+        if not room:
+            self._full = True
+            self._body.pause()
+        self._awake()
+
+    def end(self, error: Exception | None) -> None:
+        """Nothing more comes."""
+        if isinstance(error, BrokenError):
+            self._failure = self._failure or UpstreamFailure("stream_broken", str(error))
+        elif error is not None:
+            self._failure = error  # a bug of ours in `data`
+        elif not self._over:
+            self._ended = True
+            self._take(self._events(self._decoder.close()))
+        self._awake()
+
+    def _awake(self) -> None:
+        if self._wake is not None and not self._wake.done():
             self._wake.set_result(None)
 
     def _decode(self, packet: bytes) -> list[Part]:
@@ -130,30 +117,6 @@ class Stream:
         return found
 
 
-class _Tap(asyncio.Protocol):
-    """Lets a protocol do its work, then tells."""
 
-    __slots__ = ("_inner", "_tell")
-
-    def __init__(self, inner: asyncio.Protocol, tell: Callable[[], None]) -> None:
-        self._inner = inner
-        self._tell = tell
-
-    def data_received(self, data: bytes) -> None:
-        self._inner.data_received(data)
-        self._tell()
-
-    def eof_received(self) -> bool | None:
-        keep_open = self._inner.eof_received()
-        self._tell()
-        return keep_open
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self._inner.connection_lost(error)
-        self._tell()
-
-    def pause_writing(self) -> None:
-        self._inner.pause_writing()
-
-    def resume_writing(self) -> None:
-        self._inner.resume_writing()
+def _nothing(_: Sequence[Part]) -> bool:
+    return True

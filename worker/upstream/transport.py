@@ -1,85 +1,87 @@
-"""The openai SDK's requests, carried by aiohttp, with the response's body left to be read as raw bytes.
+"""The openai SDK's requests over our own connections, with the response's body left to be read as raw bytes.
 
-The SDK's own aiohttp transport wraps each read in httpx2's layers and caps itself at 100 connections; this one hands
-the aiohttp response through (`body_of`), reads error bodies up to a limit, follows no redirect and asks for no
-compression.
+httpx2's own transport reads a body through four layers, each a coroutine: 40 us a packet, against 10 here. This one
+hands the response through (`body_of`), reads error bodies up to a limit, follows no redirect, asks for no compression
+and heeds no proxy.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from typing import Final
 
-import aiohttp
 import httpx2
 
+from .connection import BrokenError, Response
+from .pool import Origin, Pool
+
 MAX_ERROR_BODY: Final = 64 * 1024
-_EXTENSION: Final = "aiohttp_response"
+ERROR_BODY_SECONDS: Final = 5.0
+"""What an error body is waited for; its status says enough."""
+
+_EXTENSION: Final = "millstream_response"
 _FIRST_ERROR_STATUS: Final = 300
+_FORBIDDEN: Final = re.compile(rb"[\r\n\0]")
 
 
 class RawBodyTransport(httpx2.AsyncBaseTransport):
-    """Sends httpx2 requests through one aiohttp session."""
+    """Sends httpx2 requests over the connections of one pool."""
 
     def __init__(self, connections: int, connect_timeout: float, without: Collection[str] = ()) -> None:
         """`without`: names, in lower case, of headers of the SDK that are not sent."""
-        self._connections = connections
-        self._connect_timeout = connect_timeout
+        self._pool = Pool(connections, connect_timeout)
         self._without = frozenset({"accept-encoding", *without})
-        self._session: aiohttp.ClientSession | None = None
-
-    def _open(self) -> aiohttp.ClientSession:
-        if self._session is None:  # a session belongs to the running loop
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=self._connections, keepalive_timeout=15),
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._connect_timeout),
-                auto_decompress=False,
-                raise_for_status=False,
-            )
-        return self._session
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         """Send one request; the caller closes the response."""
-        headers = [(name, value) for name, value in request.headers.items() if name.lower() not in self._without]
+        head = self._head(request)
+        body = await request.aread()
         try:
-            response = await self._open().request(
-                request.method,
-                str(request.url),
-                headers=[*headers, ("accept-encoding", "identity")],
-                data=await request.aread(),
-                allow_redirects=False,
-            )
-            body = await _read_error(response) if response.status >= _FIRST_ERROR_STATUS else None
-        except (aiohttp.ClientError, OSError) as error:
-            raise httpx2.ConnectError(f"{type(error).__name__}: {error}") from error
+            response = await self._pool.ask(_origin(request.url), head + body)
+        except (BrokenError, OSError) as error:
+            said = str(error) if isinstance(error, BrokenError) else f"{type(error).__name__}: {error}"
+            raise httpx2.ConnectError(said) from error
+        content = await _read_error(response) if response.status >= _FIRST_ERROR_STATUS else None
         return httpx2.Response(
             response.status,
-            headers=[
-                (name, value) for name, value in response.raw_headers if name.lower() != b"content-encoding" or not body
-            ],
-            content=body,
+            headers=[each for each in response.headers if each[0].lower() != b"content-encoding" or not content],
+            content=content,
             request=request,
             extensions={_EXTENSION: response},
         )
 
+    def _head(self, request: httpx2.Request) -> bytes:
+        lines = [b"%s %s HTTP/1.1" % (request.method.encode("ascii"), request.url.raw_path)]
+        for name, value in (*request.headers.raw, (b"Accept-Encoding", b"identity")):
+            if name.lower().decode("latin-1") in self._without and value != b"identity":
+                continue
+            if _FORBIDDEN.search(name) or _FORBIDDEN.search(value):
+                raise httpx2.LocalProtocolError(f"the header {name!r} holds a line break; look at the settings")
+            lines.append(b"%s: %s" % (name, value))
+        return b"\r\n".join([*lines, b"", b""])
+
     async def aclose(self) -> None:
         """Close every connection."""
-        if self._session is not None:
-            await self._session.close()
+        self._pool.close()
 
 
-async def _read_error(response: aiohttp.ClientResponse) -> bytes:
+def _origin(url: httpx2.URL) -> Origin:
+    if url.scheme not in ("http", "https"):
+        raise httpx2.UnsupportedProtocol(f"found {url.scheme!r}, expected http or https")
+    tls = url.scheme == "https"
+    return Origin(tls, url.raw_host.decode("ascii"), url.port or (443 if tls else 80))
+
+
+async def _read_error(response: Response) -> bytes:
     try:
-        body = b""
-        while len(body) < MAX_ERROR_BODY and (data := await response.content.readany()):
-            body += data
-        return body[:MAX_ERROR_BODY] or b" "
+        return await response.read(MAX_ERROR_BODY, ERROR_BODY_SECONDS) or b" "
     finally:
         response.close()
 
 
-def body_of(response: httpx2.Response) -> aiohttp.ClientResponse:
-    """The aiohttp response behind a response of this transport."""
+def body_of(response: httpx2.Response) -> Response:
+    """Our response behind a response of this transport."""
     found = response.extensions[_EXTENSION]
-    assert isinstance(found, aiohttp.ClientResponse)
+    assert isinstance(found, Response)
     return found
