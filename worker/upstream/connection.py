@@ -52,8 +52,8 @@ class Response:
     """A response: its head, then its body, which is held until somebody reads it."""
 
     __slots__ = (
-        "_connection", "_error", "_flowing", "_head", "_held", "_held_size", "_paused", "_sink", "_size", "complete",
-        "headers", "quiet", "status", "surplus", "until_end",
+        "_connection", "_error", "_flowing", "_head", "_held", "_held_size", "_paused", "_sink", "_size", "again",
+        "complete", "headers", "quiet", "status", "surplus", "until_end",
     )  # fmt: skip
 
     def __init__(self, connection: Connection) -> None:
@@ -61,6 +61,8 @@ class Response:
         self.headers: list[tuple[bytes, bytes]] = []
         self.complete = False
         """Whether nothing more comes."""
+        self.again = False
+        """Whether the other end keeps the connection open for another one."""
         self.surplus = False
         """Whether more came than this response."""
         self.until_end = False
@@ -182,8 +184,10 @@ class Response:
             self._connection.pause()
 
     def on_message_complete(self) -> None:
-        if self.status:
+        if self.status and not self.complete:
+            assert self._connection is not None
             self.complete = True
+            self.again = self._connection.keeps_alive()  # the parser knows only now
 
     # What the connection says ------------------------------------------------------------------------------------
 
@@ -239,6 +243,10 @@ class Connection(asyncio.Protocol):
     def status(self) -> int:
         """The status of the head that is being read."""
         return self._parser.get_status_code()
+
+    def keeps_alive(self) -> bool:
+        """Whether the response that ends now leaves the connection open."""
+        return self._parser.should_keep_alive()
 
     def pause(self) -> None:
         if self._reading and not self._transport.is_closing():
@@ -309,7 +317,7 @@ class Connection(asyncio.Protocol):
         self.served += 1
         # With bytes of the request still unsent the other end has answered without reading it all.
         unsent = self._transport.get_write_buffer_size() > 0
-        again = self._parser.should_keep_alive() and not (response.surplus or response.until_end or unsent)
+        again = response.again and not (response.surplus or response.until_end or unsent)
         response.leave(None)
         if again and not self._transport.is_closing():
             self.draining = False
