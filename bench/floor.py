@@ -1,7 +1,8 @@
 """The floor: the same requests read by a bare loop that only counts, without RQ, Redis, retries or any guarantee.
 
 `python -m bench.floor STREAMS` reads a model's name per line from stdin and streams each, at most STREAMS at a time,
-the way the product must at least: the openai package's request over aiohttp, the body as bytes. Ends after its stdin.
+the way the product must at least: the openai package's request over the product's own connections, the body as bytes.
+Ends after its stdin.
 """
 
 from __future__ import annotations
@@ -9,33 +10,43 @@ from __future__ import annotations
 import asyncio
 import sys
 
+import httpx2
 import uvloop
-from openai import AsyncOpenAI, DefaultAioHttpClient
+from openai import AsyncOpenAI, AsyncStream
+
+from worker.upstream.transport import RawBodyTransport, body_of
+
+
+class Counter:
+    """Counts the events of one body as it comes."""
+
+    def __init__(self) -> None:
+        self.events = 0
+        self.ended = asyncio.Event()
+
+    def data(self, data: bytes) -> None:
+        self.events += data.count(b"data: ")
+
+    def end(self, error: Exception | None) -> None:  # noqa: ARG002 - the bench sees what is missing
+        self.ended.set()
 
 
 async def main(streams: int) -> None:
-    # aiohttp's pool is capped at 100 connections unless told a number; None means that cap too.
-    import httpx2
-
-    limits = httpx2.Limits(max_connections=streams, max_keepalive_connections=streams)
     lines = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
     slots = asyncio.Semaphore(streams)
-    async with (
-        AsyncOpenAI(max_retries=0, http_client=DefaultAioHttpClient(limits=limits)) as client,
-        asyncio.TaskGroup() as tasks,
-    ):
+    over = httpx2.AsyncClient(transport=RawBodyTransport(streams + 16, 30.0), trust_env=False)
+    async with AsyncOpenAI(max_retries=0, http_client=over) as client, asyncio.TaskGroup() as tasks:
 
         async def stream(model: str) -> None:
-            async with (
-                slots,
-                client.chat.completions.with_streaming_response.create(
-                    model=model, messages=[{"role": "user", "content": "Write a quicksort"}], stream=True
-                ) as response,
-            ):
-                events = 0
-                async for data in response.iter_bytes():
-                    events += data.count(b"data: ")
+            body = {"model": model, "messages": [{"role": "user", "content": "Write a quicksort"}], "stream": True}
+            async with slots:
+                answer = await client.post(
+                    "/chat/completions", body=body, cast_to=object, stream=True, stream_cls=AsyncStream[object]
+                )
+                counter = Counter()
+                body_of(answer.response).start(counter)
+                await counter.ended.wait()
 
         print("ready", flush=True)
         while line := await lines.readline():

@@ -1,7 +1,7 @@
 """One HTTP/1.1 connection as an asyncio protocol: a request out, its response in, one at a time.
 
 httptools (llhttp, as in Node) parses. The bytes of a body reach whoever reads it in the very turn of the loop that
-brought them, without waking a task for each: at 35,000 packets a second a task's step would cost as much as all the rest.
+brought them, without waking a task for each: at 35,000 packets a second the steps of tasks would fill a core.
 
 What comes from the other end is not trusted: heads, trailers and chunk frames are capped, lengths and chunk sizes must
 be right, and a connection on which more came than was asked for is not used again.

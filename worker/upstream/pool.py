@@ -122,7 +122,7 @@ class Pool:
     async def _open_socket(self, origin: Origin) -> Connection:
         loop = asyncio.get_running_loop()
         sock = await aiohappyeyeballs.start_connection(
-            await self._look_up(origin), happy_eyeballs_delay=NEXT_ADDRESS, interleave=1
+            await self._found(origin), happy_eyeballs_delay=NEXT_ADDRESS, interleave=1
         )
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -137,15 +137,20 @@ class Pool:
             raise
         return connection
 
-    async def _look_up(self, origin: Origin) -> list[Any]:
+    async def _found(self, origin: Origin) -> list[Any]:
         """The addresses of a name; one look-up at a time, however many wait for it."""
         loop = asyncio.get_running_loop()
         until, task = self._addresses.get(origin, (0.0, None))
         if task is None or until < loop.time() or (task.done() and (task.cancelled() or task.exception())):
-            found = loop.getaddrinfo(origin.host, origin.port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP)
-            task = asyncio.ensure_future(found)
+            task = asyncio.ensure_future(look_up(origin))
             self._addresses[origin] = loop.time() + KEEP_ADDRESSES, task
         return await asyncio.shield(task)
+
+
+async def look_up(origin: Origin) -> list[Any]:
+    """The addresses of a name, as `getaddrinfo` gives them."""
+    loop = asyncio.get_running_loop()
+    return await loop.getaddrinfo(origin.host, origin.port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP)
 
 
 @cache

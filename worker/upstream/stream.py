@@ -117,6 +117,5 @@ class Stream:
         return found
 
 
-
 def _nothing(_: Sequence[Part]) -> bool:
     return True
