@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -41,7 +41,7 @@ class _Chunk(Struct):
     error: Any = UNSET
 
 
-_decoder = msgspec.json.Decoder(_Chunk)
+_decode = msgspec.json.Decoder(_Chunk).decode
 
 
 class Piece(Struct, frozen=True, gc=False):
@@ -76,15 +76,32 @@ class Chunks:
     def __init__(self) -> None:
         self._halves: dict[_Place, str] = {}
 
-    def parts(self, data: bytes) -> Iterator[Part]:
+    def parts(self, data: bytes) -> Sequence[Part]:
         """What one event's data holds. Raises UpstreamFailure for an error or something that is no chunk."""
         try:
-            chunk = _decoder.decode(data)
+            chunk = _decode(data)
         except (msgspec.MsgspecError, UnicodeError, RecursionError):
             chunk = self._decode_tolerantly(data)
         else:
             if self._halves:
                 self._mend(chunk)
+        # Nearly every chunk is some text of one choice; told by its values, it is spared the questions below.
+        choices = chunk.choices
+        if choices and len(choices) == 1 and chunk.usage is None and chunk.error is UNSET:
+            choice = choices[0]
+            delta = choice.delta
+            if (
+                delta is not None
+                and delta.content
+                and choice.finish_reason is None
+                and 0 <= choice.index <= MAX_CHOICE
+                and delta.reasoning is delta.reasoning_content is delta.refusal is None
+                and delta.tool_calls is delta.function_call is None
+            ):
+                return (Piece(choice.index, delta.content),)
+        return list(self._parts(chunk, len(data)))
+
+    def _parts(self, chunk: _Chunk, size: int) -> Iterator[Part]:
         if chunk.error is not UNSET and chunk.error:
             raise from_error(chunk.error)
         for choice in chunk.choices or ():
@@ -99,15 +116,16 @@ class Chunks:
             if choice.finish_reason:  # some send "" on every chunk: that is none
                 yield from self._halves_of(index)
                 yield Finish(index, choice.finish_reason[:64])
-        if chunk.usage and len(data) <= MAX_USAGE:
+        if chunk.usage and size <= MAX_USAGE:
             yield Usage(chunk.usage)
 
-    def named(self, name: str, data: bytes) -> Iterator[Part]:
+    def named(self, name: str, data: bytes) -> Sequence[Part]:
         """A named event: `error` is one, others (`ping`, ...) mostly carry nothing. Raises UpstreamFailure."""
         if name == "error":
             raise from_error(_json_or_text(data))
         if b'"choices"' in data or b'"error"' in data:
-            yield from self.parts(data)
+            return self.parts(data)
+        return ()
 
     def _decode_tolerantly(self, data: bytes) -> _Chunk:
         """Bad bytes and lone surrogates become U+FFFD; anything else that is no chunk is the upstream's failure."""

@@ -90,7 +90,7 @@ class Stream:
         if self._wake is not None and not self._wake.done():
             self._wake.set_result(None)
 
-    def _decode(self, packet: bytes) -> list[Part]:
+    def _decode(self, packet: bytes) -> Sequence[Part]:
         self._bytes += len(packet)
         if self._bytes > self._max_answer:
             raise UpstreamFailure("answer_too_large", f"the answer exceeds {self._max_answer:,} bytes", retryable=False)
@@ -98,9 +98,11 @@ class Stream:
             events = self._decoder.feed(packet)
         except EventTooLargeError:
             raise UpstreamFailure("event_too_large", "one event exceeds 4 MB", retryable=False) from None
+        if len(events) == 1 and isinstance(event := events[0], bytes) and event[:1] == b"{":  # the usual packet
+            return self._chunks.parts(event)
         return self._events(events)
 
-    def _events(self, events: Sequence[bytes | Named]) -> list[Part]:
+    def _events(self, events: Sequence[bytes | Named]) -> Sequence[Part]:
         """The parts of some events, up to the first that says the stream is over or broken."""
         found: list[Part] = []
         try:
