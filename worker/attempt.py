@@ -132,6 +132,7 @@ class Attempt:
         try:
             verdict = await self._timed(upstream, ticket)
         except UpstreamFailure as failure:
+            upstream.redact(failure)
             if failure.of_the_upstream:
                 ticket.failed()
             else:
@@ -226,8 +227,8 @@ class Attempt:
                 await stream.play(take, room)
                 done = stream.done
         except UpstreamFailure as failure:
-            if failure.code != "stream_broken" or not answer.finished:
-                raise  # else every choice had ended before the connection broke: the answer is whole
+            if failure.code not in ("stream_broken", "malformed_stream") or not answer.finished:
+                raise  # else every choice had ended before the connection or the grammar broke: the answer is whole
         return answer.verdict(done=done)
 
     def _pass_on(self, answer: Answer, clock: Clock, ticket: Ticket, parts: Sequence[Part]) -> None:
@@ -235,6 +236,8 @@ class Attempt:
         for part in parts:
             if isinstance(part, Piece):
                 answer.pieces += 1  # what answer.take would do: this is once for every token
+                if answer.reasons:
+                    answer.note_more(part.index)
                 content = True
                 if part.delta is None:
                     self._outbox.text(part.index, part.text)

@@ -5,7 +5,6 @@ openai.
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Final
@@ -18,10 +17,15 @@ from openai import AsyncOpenAI, AsyncStream
 from millstream.job import Spec
 
 from .config import UpstreamSettings
-from .failures import UpstreamFailure, from_error, from_status
-from .stream import Stream
+from .failures import UpstreamFailure, from_status
+from .sse import MAX_EVENT
+from .stream import BROKE, Stream
 from .transport import RawBodyTransport, body_of
 from .waits import retry_after
+from .whole import Whole
+
+_UNTOLD: Final = frozenset({"", "text/plain", "application/octet-stream"})
+"""Content types that servers send which give their streams none; whether it is one, its events show."""
 
 DRAIN: Final = 1.0
 """Seconds to wait for the end of a finished body, so that its connection can be used again."""
@@ -62,7 +66,7 @@ class Upstream:
         await self._client.close()
 
     @asynccontextmanager
-    async def ask(self, body: Mapping[str, Any]) -> AsyncIterator[Stream]:
+    async def ask(self, body: Mapping[str, Any]) -> AsyncIterator[Stream | Whole]:
         """Send a request (see `request`) and give the stream of its answer. Leaving early closes the connection.
 
         Raises UpstreamFailure.
@@ -72,17 +76,15 @@ class Upstream:
                 "/chat/completions", body=body, cast_to=object, stream=True, stream_cls=AsyncStream[object]
             )
         except openai.APIStatusError as error:
-            raise self._redacted(_from_response(error.response, error.body)) from None
+            raise _from_response(error.response, error.body) from None
         except openai.APIConnectionError as error:
-            cause = error.__cause__ or error
-            raise self._redacted(UpstreamFailure("upstream_unreachable", str(cause)[:300])) from None
+            raise _without_response(error.__cause__ or error) from None
         response = body_of(answer.response)
-        stream = Stream(response)
+        stream: Stream | Whole = Stream(response)
         try:
-            await _check_kind(response)
+            if not _is_event_stream(response):
+                stream = Whole(await _read_json(response))
             yield stream
-        except UpstreamFailure as failure:
-            raise self._redacted(failure) from None
         finally:
             if stream.done:
                 self._drain(response)
@@ -94,33 +96,41 @@ class Upstream:
         self._draining.add(task)
         task.add_done_callback(self._draining.discard)
 
-    def _redacted(self, failure: UpstreamFailure) -> UpstreamFailure:
-        """The failure without the key, should the upstream have echoed it."""
-        if len(self._key) >= 8 and self._key in failure.message:
-            failure.message = failure.message.replace(self._key, "***")
-            failure.args = (f"{failure.code}: {failure.message}",)
-        return failure
+    def redact(self, failure: UpstreamFailure) -> None:
+        """Take the key out of a failure, should the upstream have echoed it."""
+        failure.without(self._key)
 
 
-async def _check_kind(body: aiohttp.ClientResponse) -> None:
-    """A 200 may still be an error page. Raises UpstreamFailure unless it is an event stream, uncompressed."""
+def _without_response(cause: BaseException) -> UpstreamFailure:
+    if isinstance(cause, httpx2.RemoteProtocolError):
+        return UpstreamFailure("malformed_response", f"what came is no HTTP response: {cause}")
+    return UpstreamFailure("upstream_unreachable", " ".join(str(cause).split())[:300])
+
+
+def _is_event_stream(body: aiohttp.ClientResponse) -> bool:
+    """Whether it says so or says nothing useful; False: it is JSON. Raises UpstreamFailure for anything else."""
     encoding = body.headers.get("content-encoding", "identity").lower()
     if encoding not in ("", "identity"):
         raise UpstreamFailure("malformed_stream", f"the upstream sent {encoding[:20]!r} although none was asked for")
     kind = body.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind == "text/event-stream":
-        return
+    if kind == "text/event-stream" or kind in _UNTOLD:
+        return True
+    if kind == "application/json":
+        return False
+    raise UpstreamFailure("malformed_stream", f"found {kind[:60]!r}, expected an event stream")
+
+
+async def _read_json(body: aiohttp.ClientResponse) -> bytes:
+    """The whole body. The job's clocks bound the time it takes. Raises UpstreamFailure."""
+    found = b""
     try:
-        start = await asyncio.wait_for(body.content.read(64 * 1024), timeout=5)
-    except (aiohttp.ClientError, OSError, TimeoutError):
-        start = b""
-    try:
-        found = json.loads(start)
-    except ValueError:
-        found = None
-    if isinstance(found, dict) and found.get("error"):
-        raise from_error(found["error"])
-    raise UpstreamFailure("malformed_stream", f"found {kind[:60] or 'no content type'!r}, expected an event stream")
+        while packet := await body.content.readany():
+            found += packet
+            if len(found) > MAX_EVENT:
+                raise UpstreamFailure("event_too_large", "a JSON answer exceeds 4 MB", retryable=False)
+    except (aiohttp.ClientError, OSError):
+        raise UpstreamFailure("stream_broken", BROKE) from None
+    return found
 
 
 async def _read_to_end(body: aiohttp.ClientResponse) -> None:

@@ -19,6 +19,8 @@ from .sse import EventTooLargeError, Named, SseDecoder
 MAX_ANSWER: Final = 512 * 1024 * 1024
 """Bytes of one response, JSON and all; an endless stream ends here."""
 
+BROKE: Final = "the connection broke before the end of the answer"
+
 Take = Callable[[Sequence[Part]], bool]
 
 
@@ -89,8 +91,8 @@ class Stream:
         self._inside = True
         content = self._body.content
         try:
-            if error := content.exception():
-                raise UpstreamFailure("stream_broken", f"the connection broke ({type(error).__name__})")
+            if content.exception():
+                raise UpstreamFailure("stream_broken", BROKE)
             while not self._full and not self._over and (packet := content.read_nowait()):
                 self._full = not take(self._decode(packet))
             if not self._full and not self._over and content.at_eof():
@@ -120,11 +122,11 @@ class Stream:
             for event in events:
                 if isinstance(event, Named):
                     found += self._chunks.named(event.name, event.data)
-                elif event.startswith(DONE):
-                    self.done = True
-                    break
-                elif event.strip():
-                    found += self._chunks.parts(event)
+                elif said := event.strip():
+                    if said[:1] == b"[" and said[: len(DONE)].upper() == DONE:
+                        self.done = True
+                        break
+                    found += self._chunks.parts(said)
         except UpstreamFailure as failure:
             self._failure = failure
         return found
