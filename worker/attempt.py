@@ -54,6 +54,8 @@ class Seam:
     text: str
     tokens: int
     usage: dict[str, Any]
+    spent: float
+    """Seconds the answer has taken so far; its total time goes on from there."""
     written: bool = False
     """Whether `resumed` is in the log, because the upstream did go on."""
 
@@ -74,6 +76,7 @@ class Attempt:
         self._partial = continuation.Partial() if spec.on_break == "continue" else None
         self._tokens = 0
         self._seam: Seam | None = None
+        self._clock: Clock | None = None  # of the request made last
         self._seams = 0
         self._usage_at = 0.0
         self._prompt_bytes = len(msgspec.json.encode(spec.messages))
@@ -119,7 +122,8 @@ class Attempt:
     def go_on(self) -> None:
         """Make the next request one that goes on. What waits in the outbox stays: it is part of the text."""
         assert self._partial is not None
-        self._seam = Seam(self._partial.text(), self._tokens, self._answer.usage)
+        spent = 0.0 if self._clock is None else self._clock.spent + (self._seam.spent if self._seam else 0.0)
+        self._seam = Seam(self._partial.text(), self._tokens, self._answer.usage, spent)
         self._seams += 1
 
     # One request -------------------------------------------------------------------------------------------------
@@ -180,8 +184,8 @@ class Attempt:
     async def _timed(self, upstream: GuardedUpstream, ticket: Ticket) -> Verdict:
         settings, task = self._means.settings, asyncio.current_task()
         assert task is not None
-        total = self._spec.timeout or settings.total_timeout
-        clock = Clock(settings.first_token_timeout, settings.idle_timeout, total, task.cancel)
+        total = (self._spec.timeout or settings.total_timeout) - (self._seam.spent if self._seam else 0.0)
+        clock = self._clock = Clock(settings.first_token_timeout, settings.idle_timeout, total, task.cancel)
         self._means.ticker.add(clock)
         try:
             return await self._read(upstream, ticket, clock)

@@ -14,7 +14,7 @@ import redis
 
 from local import guard
 from millstream import Client, Event, Result, Settings
-from millstream.events import AnyEvent
+from millstream.events import AnyEvent, Started
 from tests.live.worker_process import PATIENCE, WorkerProcess, wait_until
 from tests.oracle import check_consumers, check_keys, check_log
 from tests.upstream import DEFAULT_CHUNKS, Exchange, ScriptedUpstream, expected_text, seed_of
@@ -48,6 +48,16 @@ def timeless(events: Iterable[AnyEvent]) -> list[AnyEvent]:
 def _spawner(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Start the thread that starts all children now: it stays, and no test has left it behind."""
     guard.spawn([sys.executable, "-S", "-c", ""], log=tmp_path_factory.mktemp("spawner") / "log").wait()
+
+
+def table(name: str, base_url: str, more: str = "") -> str:
+    """An upstream in a file of several."""
+    return f'[upstreams."{name}"]\nbase_url = "{base_url}"\n{more}\n'
+
+
+def starts(log: list[AnyEvent]) -> list[tuple[int, str, str | None]]:
+    """Attempt, upstream and reason of every beginning in a log."""
+    return [(each.attempt, each.upstream, each.reason) for each in log if isinstance(each, Started)]
 
 
 class World:
@@ -226,3 +236,18 @@ def make_world(tmp_path: Path) -> Iterator[Callable[..., World]]:
             for each in made:
                 each.tell()
                 each.close()
+
+
+@pytest.fixture
+def named(make_world: Callable[..., World], valkey: Valkey, tmp_path: Path) -> Callable[..., World]:
+    """A world with one worker whose upstreams stand in a file, in a database of its own."""
+
+    def make(*tables: str, **environ: str) -> World:
+        path = tmp_path / "upstreams.toml"
+        path.write_text("\n".join(tables))
+        world = make_world(valkey.url.removesuffix("0") + "3", MILLSTREAM_UPSTREAMS=str(path), **environ)
+        world.redis.flushdb()
+        world.worker()
+        return world
+
+    return make

@@ -48,7 +48,9 @@ def test_messages_are_the_upstreams_own_and_inert(shared: World) -> None:
     for number, (script, code, message) in enumerate(said):
         prompt = f"message {number}"
         shared.upstream.on(script, prompt=prompt)
-        found = shared.outcome(shared.submit(prompt)).error
+        job_id = shared.submit(prompt)
+        found = shared.outcome(job_id).error
+        shared.check(job_id)
         assert found is not None
         assert (found["code"], found["message"]) == (code, message)
 
@@ -57,7 +59,9 @@ def test_every_part_arrives_with_its_index(shared: World) -> None:
     """n = 3 taking turns, tools, refusals, reasoning under both names: the same chat.completion as from the API."""
     turns = answer(Text(6, seed=1, choices=3), choices=3, usage=True)
     shared.upstream.on(turns, prompt="three")
-    result = shared.outcome(shared.submit("three", n=3))
+    job_id = shared.submit("three", n=3)
+    result = shared.outcome(job_id)
+    shared.check(job_id)
     said = {each["index"]: each["message"]["content"] for each in result.completion["choices"]}
     assert said == {i: expected_text(6, 1 + i) for i in range(3)}
     assert result.usage == {"prompt_tokens": 7, "completion_tokens": 18, "total_tokens": 25}
@@ -112,7 +116,9 @@ HOSTILE: Final = f"{_TERMINAL}</script><img onerror=x>\r\n\ndata: x"
 def test_hostile_text_is_kept_as_it_is_and_stays_out_of_the_logs(shared: World) -> None:
     """An answer is data: it arrives unchanged, and no log line, which a person reads in a terminal, has any of it."""
     shared.upstream.on(answer(Part(HOSTILE)), prompt="hostile")
-    assert shared.outcome(shared.submit("hostile")).text == HOSTILE
+    job_id = shared.submit("hostile")
+    assert shared.outcome(job_id).text == HOSTILE
+    shared.check(job_id)
     shared.upstream.on(error(400, HOSTILE, error_code=HOSTILE[:50]), prompt="hostile error")
     shared.outcome(shared.submit("hostile error"))
     for worker in shared.workers:

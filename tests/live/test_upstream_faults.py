@@ -135,6 +135,8 @@ ROWS: Final = [
     silent("no content type", Script(Status(200, {"content-type": ""}, "x"))),
     silent("204", Script(Status(204))),
     broken("an error object", error_event()),
+    broken("OpenRouter's error", Part("", finish_reason="error", raw={"error": {"code": 502, "message": "Gone."}})),
+    broken("vLLM's error", Event({"error": {"object": "error", "message": "Dead.", "code": 500}}), Done()),
     broken("an error after the finish reason", Finish(), error_event()),
     broken("event: error", error_event(named=True)),
     # 11: the grammar

@@ -394,6 +394,9 @@ def test_a_message_is_an_answer_unless_it_repeats_one() -> None:
     whole = {"choices": [message, {**message, "index": 2}]}
     assert [part.index for part in read(whole) if isinstance(part, Piece)] == [1, 1, 2, 2]
     assert read(delta(content="a"), {"choices": [message]}) == [Piece(0, "a"), Finish(1, "stop")]
+    begun = {"choices": [{"message": {"content": "a"}}]}
+    assert read(delta(role="assistant", content=""), begun) == [Piece(0, "a")]
+    assert read(b'{"choices":[{"message":{"content":"a\\ud83c"}}]}') == [Piece(0, "a\ufffd")]
 
 
 def test_length_and_content_filter_are_incomplete() -> None:

@@ -17,7 +17,7 @@ MAX_USAGE: Final = 16 * 1024
 """Bytes of a usage that is believed: it goes into the state and the last event as it is."""
 
 _MAX_COUNT: Final = 2**53
-_WHOLE: Final = ("tool_calls", "function_call", "reasoning_details", "annotations", "audio")
+_AS_SENT: Final = ("tool_calls", "function_call", "reasoning_details", "annotations", "audio")
 _TEXTS: Final = ("content", "refusal", "reasoning", "reasoning_content")
 _Place = tuple[int, str]
 
@@ -104,10 +104,12 @@ class Chunks:
             if delta is None and choice.message is not None and not streamed:
                 delta = _message(choice.message)
             if delta is not None:
-                self._told = True
                 if delta.content:
+                    self._told = True
                     yield Piece(index, delta.content)
-                yield from _others(index, delta)
+                for piece in _others(index, delta):
+                    self._told = True
+                    yield piece
             if choice.finish_reason:  # some send "" on every chunk: that is none
                 yield from self._halves_of(index)
                 yield Finish(index, choice.finish_reason[:64])
@@ -141,6 +143,7 @@ class Chunks:
         for choice in chunk.choices or ():
             delta = choice.delta
             choice.finish_reason = _whole(choice.finish_reason or "")
+            choice.message = _whole_all(choice.message)
             if delta is None:
                 continue
             for name in _TEXTS:
@@ -151,7 +154,7 @@ class Chunks:
                 if isinstance(function, dict) and isinstance(text := function.get("arguments"), str):
                     place = (choice.index, f"arguments {str(number)[:20]}")
                     call["function"] = {**function, "arguments": self._mended(place, text)}
-            for name in _WHOLE:
+            for name in _AS_SENT:
                 setattr(delta, name, _whole_all(getattr(delta, name)))
         chunk.usage = _whole_all(chunk.usage)
 
@@ -184,7 +187,7 @@ def _others(index: int, delta: _Delta) -> Iterator[Piece]:
     if delta.refusal:
         yield Piece(index, delta={"refusal": delta.refusal})
     if delta.tool_calls or delta.function_call or delta.reasoning_details or delta.annotations or delta.audio:
-        for name in _WHOLE:
+        for name in _AS_SENT:
             if value := getattr(delta, name):
                 yield Piece(index, delta={name: value})
 
