@@ -218,7 +218,7 @@ def test_a_model_killed_in_mid_answer_costs_no_job(
 def test_a_model_whose_slots_are_full_answers_late_and_all(
     named: Callable[..., World], tmp_path: Path, say: Callable[[str], None]
 ) -> None:
-    """Three times as many jobs as llama.cpp has slots: nobody is asked twice, the last ones begin late, all are whole."""
+    """Three times as many jobs as llama.cpp has slots: it is asked once for each, the last begin late, all end."""
     model = Model(tmp_path / "model.log")
     model.start()
     try:

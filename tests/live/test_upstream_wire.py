@@ -26,6 +26,7 @@ from tests.upstream import (
     Raw,
     Reset,
     Script,
+    Split,
     Stall,
     Status,
     Text,
@@ -149,14 +150,21 @@ FRAMING: Final = [
           "http_400"),
     # What is no event stream, or says that it is none
     *(good(f"content type {kind!r}", Script(Headers({"content-type": kind}), *answer(Part(TEXT)).steps))
-      for kind in ("", "text/plain", "application/octet-stream", "TEXT/EVENT-STREAM;charset=utf-8")),
+      for kind in ("", "text/plain", "application/json", "application/octet-stream", "TEXT/EVENT-STREAM;x=y")),
+    *(good(f"no content type and {start!r} first", Script(Headers({"content-type": ""}), Raw(start),
+                                                          Split(1, 0.001), *answer(Part(TEXT)).steps))
+      for start in (b"\xef\xbb\xbf", b": hello\n\n", b"\n\n", b"retry: 3000\n")),
+    *(bad(f"an error as {kind!r}", Script(Headers({"content-type": kind}), Raw(b'{"error":{"code":"busy"}}')), "busy")
+      for kind in ("", "text/plain", "application/json", "text/html")),
     bad("ndjson", Script(Headers({"content-type": "application/x-ndjson"}), Raw(b"{}\n")), "malformed_stream"),
     bad("a page without end", Script(Headers({"content-type": "text/html"}), Filler(None)), "malformed_stream"),
-    final("JSON without end", Script(Headers({"content-type": "application/json"}), Filler(None)), "event_too_large"),
+    final("JSON without end", Script(Headers({"content-type": "application/json"}), Raw(b"{"), Filler(None)),
+          "event_too_large"),
     bad("JSON that stalls", Script(Headers({"content-type": "application/json"}), Raw(b"{"), Stall()),
         "first_token_timeout"),
     bad("JSON without an answer", Script(Status(body={"choices": []})), "malformed_stream"),
-    bad("a JSON error in a list", Script(Status(body=[{"error": {"code": 503, "status": "UNAVAILABLE"}}]))),
+    bad("a JSON error in a list", Script(Status(body=[{"error": {"code": 503, "status": "UNAVAILABLE"}}])),
+        "UNAVAILABLE"),
     bad("a page", html(), "malformed_stream"),
 ]  # fmt: skip
 

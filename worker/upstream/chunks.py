@@ -123,6 +123,13 @@ class Chunks:
         if b'"choices"' in data or b'"error"' in data:
             yield from self.parts(data)
 
+    def whole(self, body: bytes) -> Iterator[Part]:
+        """A JSON body instead of a stream. Raises UpstreamFailure for an error, which may stand in a list."""
+        found = _json_or_text(body)
+        if isinstance(found, list) and found and isinstance(found[0], dict) and found[0].get("error"):
+            raise from_error(found[0]["error"])
+        return self.parts(body)
+
     def _decode_tolerantly(self, data: bytes) -> _Chunk:
         """Bad bytes and lone surrogates become U+FFFD; anything else that is no chunk is the upstream's failure."""
         try:

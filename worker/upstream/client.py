@@ -17,15 +17,14 @@ from openai import AsyncOpenAI, AsyncStream
 from millstream.job import Spec
 
 from .config import UpstreamSettings
-from .failures import UpstreamFailure, from_status
-from .sse import MAX_EVENT
+from .failures import UpstreamFailure, from_status, plain
+from .sse import MAX_EVENT, begins_like_events
 from .stream import BROKE, Stream
 from .transport import RawBodyTransport, body_of
 from .waits import retry_after
 from .whole import Whole
 
-_UNTOLD: Final = frozenset({"", "text/plain", "application/octet-stream"})
-"""Content types that servers send which give their streams none; whether it is one, its events show."""
+_NOTHING_YET: Final = b"\xef\xbb\xbf\r\n\t "
 
 DRAIN: Final = 1.0
 """Seconds to wait for the end of a finished body, so that its connection can be used again."""
@@ -80,13 +79,12 @@ class Upstream:
         except openai.APIConnectionError as error:
             raise _without_response(error.__cause__ or error) from None
         response = body_of(answer.response)
-        stream: Stream | Whole = Stream(response)
+        stream: Stream | Whole | None = None
         try:
-            if not _is_event_stream(response):
-                stream = Whole(await _read_json(response))
+            stream = await _opened(response)
             yield stream
         finally:
-            if stream.done:
+            if stream is not None and stream.done:
                 self._drain(response)
             else:
                 response.close()
@@ -107,30 +105,36 @@ def _without_response(cause: BaseException) -> UpstreamFailure:
     return UpstreamFailure("upstream_unreachable", " ".join(str(cause).split())[:300])
 
 
-def _is_event_stream(body: aiohttp.ClientResponse) -> bool:
-    """Whether it says so or says nothing useful; False: it is JSON. Raises UpstreamFailure for anything else."""
+async def _opened(body: aiohttp.ClientResponse) -> Stream | Whole:
+    """What a 2xx brings, which its content type need not say. Raises UpstreamFailure for what is no answer."""
     encoding = body.headers.get("content-encoding", "identity").lower()
     if encoding not in ("", "identity"):
         raise UpstreamFailure("malformed_stream", f"the upstream sent {encoding[:20]!r} although none was asked for")
     kind = body.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind == "text/event-stream" or kind in _UNTOLD:
-        return True
-    if kind == "application/json":
-        return False
-    raise UpstreamFailure("malformed_stream", f"found {kind[:60]!r}, expected an event stream")
-
-
-async def _read_json(body: aiohttp.ClientResponse) -> bytes:
-    """The whole body. The job's clocks bound the time it takes. Raises UpstreamFailure."""
-    found = b""
-    try:
-        while packet := await body.content.readany():
-            found += packet
-            if len(found) > MAX_EVENT:
+    if kind == "text/event-stream":
+        return Stream(body)
+    start = b""
+    while not start.strip(_NOTHING_YET) and len(start) < MAX_EVENT and (packet := await _read(body)):
+        start += packet
+    if begins_like_events(start):
+        return Stream(body, start)
+    if start.lstrip()[:1] in (b"{", b"["):
+        while packet := await _read(body):
+            start += packet
+            if len(start) > MAX_EVENT:
                 raise UpstreamFailure("event_too_large", "a JSON answer exceeds 4 MB", retryable=False)
+        return Whole(start)
+    words = plain(start[:1024].decode("utf-8", "replace"))
+    found = f"found {kind[:60] or 'no content type'!r}, expected an event stream"
+    raise UpstreamFailure("malformed_stream", f"{found}; it says: {words}" if words else found)
+
+
+async def _read(body: aiohttp.ClientResponse) -> bytes:
+    """The next packet, empty at the end; the job's clocks bound the time. Raises UpstreamFailure."""
+    try:
+        return await body.content.readany()
     except (aiohttp.ClientError, OSError):
         raise UpstreamFailure("stream_broken", BROKE) from None
-    return found
 
 
 async def _read_to_end(body: aiohttp.ClientResponse) -> None:

@@ -100,11 +100,11 @@ def describe(body: Any) -> tuple[str, str]:
         body = body[0]
     error = body.get("error", body) if isinstance(body, dict) else body
     if isinstance(error, str):
-        return "", _plain(error)
+        return "", plain(error)
     if not isinstance(error, dict):
         return "", ""
     said = error.get("message") or error.get("detail") or ""
-    message = _plain(said if isinstance(said, str) else _dumped(said))
+    message = plain(said if isinstance(said, str) else _dumped(said))
     for name in ("code", "type", "status"):
         value = error.get(name)
         if isinstance(value, str) and value and not value.isdigit():
@@ -119,7 +119,7 @@ def _dumped(value: Any) -> str:
         return ""
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Words on one line: no markup of an error page, nothing that would move a terminal's cursor."""
     text = text[: 64 * 1024]
     if text.lstrip()[:1] == "<":

@@ -27,8 +27,10 @@ Take = Callable[[Sequence[Part]], bool]
 class Stream:
     """One response's body, decoded."""
 
-    def __init__(self, body: aiohttp.ClientResponse, max_answer: int = MAX_ANSWER) -> None:
+    def __init__(self, body: aiohttp.ClientResponse, start: bytes = b"", max_answer: int = MAX_ANSWER) -> None:
+        """`start`: what was read of the body already."""
         self._body = body
+        self._start = start
         self._max_answer = max_answer
         self._decoder = SseDecoder()
         self._chunks = Chunks()
@@ -46,6 +48,8 @@ class Stream:
 
         `take` answers whether it has room for more; if not, the reading pauses until `room()` returns.
         """
+        if self._start:
+            self._full = not take(self._decode(self._start))
         connection = self._body.connection
         if connection is None or connection.transport is None:  # the whole body came with its headers
             await self._read_out(take, room)

@@ -23,7 +23,7 @@ class Whole:
 
     async def play(self, take: Take, room: Callable[[], Awaitable[None]]) -> None:
         """Give all parts to `take` at once. Raises UpstreamFailure."""
-        parts = list(Chunks().parts(self._body))
+        parts = list(Chunks().whole(self._body))
         if not parts:
             raise UpstreamFailure("malformed_stream", "found JSON without an answer, expected an event stream")
         if not take(parts):
