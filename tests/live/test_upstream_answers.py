@@ -95,7 +95,7 @@ def test_prompts_of_every_size_arrive_or_are_refused(shared: World) -> None:
         assert shared.outcome(shared.submit(prompt)).text == WHOLE
         [exchange] = shared.upstream.requests_for(prompt)
         assert exchange.request.json["messages"] == [{"role": "user", "content": prompt}]
-    before = len(shared.redis.keys("*"))
+    accepted = shared.redis.keys("*:spec")
     refused: list[dict[str, Any]] = [
         {"prompt": ""}, {"prompt": " \n"}, {"prompt": "x" * 64_000_000}, {"prompt": "\ud800"},
         {"messages": [{"role": "user", "content": "x"}] * 100_000}, {"messages": []},
@@ -106,7 +106,8 @@ def test_prompts_of_every_size_arrive_or_are_refused(shared: World) -> None:
             shared.client.submit(**asked)
         assert len(str(caught.value)) < 400
         assert "\n" not in str(caught.value)
-    assert len(shared.redis.keys("*")) <= before
+    assert set(shared.redis.keys("*:spec")) <= set(accepted)
+    assert shared.redis.zcard(shared.keys.open) == 0
 
 
 _TERMINAL: Final = "\x1b[2J\x1b]8;;http://evil\x07link\x1b]8;;\x07\x1b]52;c;eHg=\x07\x9b31m\u202e\u2066"
