@@ -27,6 +27,7 @@ from millstream.redis_door import translated
 
 from .clerk import Clerk
 from .rq_worker import Entry, PoisonError, StreamWorker
+from .turns import COSTLY
 
 BATCH: Final = 50
 PEEK: Final = 2.0
@@ -132,10 +133,11 @@ class Intake:
         tokens = [secrets.token_hex(8) for _ in entries]
         keys, lease = self._client.keys, self._client.settings.lease
         wanted = [calls.claim(keys, each.job_id, token, lease) for each, token in zip(entries, tokens, strict=True)]
+        specs = await self._insist(lambda: self._specs([entry.job_id for entry in entries]))
         claims = await self._insist(lambda: self._claim(wanted))
-        held = [each for each in zip(entries, tokens, claims, strict=True) if each[2].outcome == "claimed"]
-        specs = await self._insist(lambda: self._specs([entry.job_id for entry, _, _ in held]))
-        for (entry, token, claim), spec in zip(held, specs, strict=True):
+        for entry, token, claim, spec in zip(entries, tokens, claims, specs, strict=True):
+            if claim.outcome != "claimed":
+                continue
             self._free -= 1
             self._clerk.started(entry)
             self._begin(entry, spec, token, claim)
@@ -191,13 +193,16 @@ class Intake:
         return claims
 
     async def _specs(self, job_ids: Sequence[str]) -> list[Spec | SpecError]:
-        if not job_ids:
-            return []
         try:
             bodies = await self._client.redis.mget([self._client.keys.spec(job_id) for job_id in job_ids])
         except redis.exceptions.RedisError as error:
             raise RedisUnavailable(str(error)) from error
-        return [_spec(body) for body in bodies]
+        specs = []
+        for body in bodies:
+            specs.append(_spec(body))
+            if body is not None and len(body) >= COSTLY:
+                await asyncio.sleep(0)  # parsing takes up to 70 ms, and there are others on the loop
+        return specs
 
 
 def _broken_keys(error: RedisUnavailable) -> bool:
