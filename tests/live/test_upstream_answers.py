@@ -8,7 +8,6 @@ from typing import Any, Final
 import pytest
 
 from millstream.events import Chunk, Started
-from tests.live.conftest import KEY, World
 from tests.upstream import Chunk as Part
 from tests.upstream import (
     Done,
@@ -26,6 +25,7 @@ from tests.upstream import (
     redirect,
     tool_call,
 )
+from tests.world import KEY, World
 
 N: Final = 12
 WHOLE: Final = expected_text(N, 1)

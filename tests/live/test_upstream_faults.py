@@ -13,7 +13,6 @@ from typing import Any, Final
 import pytest
 
 from millstream.events import AnyEvent, Started
-from tests.live.conftest import World
 from tests.upstream import (
     BOM,
     Close,
@@ -44,6 +43,7 @@ from tests.upstream import (
     redirect,
 )
 from tests.upstream import Chunk as Part
+from tests.world import World
 
 N: Final = 12
 WHOLE: Final = expected_text(N, 1)

@@ -12,8 +12,6 @@ import pytest
 from local.model import SLOTS
 from local.parts import Model
 from millstream.events import Chunk, Resumed, Retrying
-from tests.live.conftest import World, starts, table
-from tests.live.worker_process import WorkerProcess, wait_until
 from tests.upstream import (
     Filler,
     Raw,
@@ -27,6 +25,8 @@ from tests.upstream import (
     refused,
 )
 from tests.valkey import Valkey
+from tests.worker_process import WorkerProcess, wait_until
+from tests.world import World, starts, table
 
 N: Final = 12
 WHOLE: Final = expected_text(N, 1)

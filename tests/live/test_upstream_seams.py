@@ -10,7 +10,6 @@ from typing import Any, Final
 import pytest
 
 from millstream.events import Chunk, Resumed
-from tests.live.conftest import World, starts, table
 from tests.upstream import (
     Chunk as Part,
 )
@@ -34,6 +33,7 @@ from tests.upstream import (
     html,
     redirect,
 )
+from tests.world import World, starts, table
 
 N: Final = 12
 WHOLE: Final = expected_text(N, 1)

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from millstream.events import Retrying, Started
-from tests.live.conftest import KEY, World
-from tests.live.worker_process import wait_until
 from tests.upstream import Chunk as Part
 from tests.upstream import (
     Comment,
@@ -25,6 +23,8 @@ from tests.upstream import (
     expected_text,
     rate_limited,
 )
+from tests.worker_process import wait_until
+from tests.world import KEY, World
 
 N: Final = 12
 WHOLE: Final = expected_text(N, 1)

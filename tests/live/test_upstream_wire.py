@@ -14,7 +14,6 @@ from typing import Any, Final
 
 import pytest
 
-from tests.live.conftest import KEY, World, a_world
 from tests.upstream import Chunk as Part
 from tests.upstream import (
     Done,
@@ -39,6 +38,7 @@ from tests.upstream import (
     tool_call,
 )
 from tests.valkey import Valkey
+from tests.world import KEY, World, a_world
 
 RETRIES: Final = 1
 HEAD: Final = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n"
