@@ -6,6 +6,7 @@ It dies with this process, however that ends. `find_server` says None where ther
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import signal
 import socket
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Final
 
 import redis
+
+from tests.tally import TALLY
 
 _PATIENCE: Final = 10.0
 _PR_SET_PDEATHSIG: Final = 1
@@ -60,14 +63,22 @@ class Valkey:
         return self._process.pid
 
     def kill(self) -> None:
-        """SIGKILL, by pid; returns when the process is gone."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
+        """SIGKILL, by pid, as a crash; returns when the process is gone."""
+        if self._process is not None and self._process.poll() is None:
+            TALLY.redis_kills += 1
+        self._end()
+
+    def freeze(self) -> None:
+        """SIGSTOP: connections stay, nothing is answered."""
+        TALLY.stops += 1
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        os.kill(self.pid, signal.SIGCONT)
 
     def restart(self) -> None:
         """Start on the same folder and port; returns when the server has loaded its data and answers."""
-        self.kill()
+        self._end()
         address = ["--bind", "127.0.0.1", "--port", str(self._port), "--dir", self._folder.name]
         durable = ["--appendonly", "yes", "--save", "", "--maxmemory-policy", "noeviction"]
         with Path(self._folder.name, "server.log").open("ab") as log:
@@ -86,8 +97,13 @@ class Valkey:
 
     def close(self) -> None:
         """End it for good and remove its data."""
-        self.kill()
+        self._end()
         self._folder.cleanup()
+
+    def _end(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
 
     def _answers(self) -> bool:
         with redis.Redis(port=self._port, socket_timeout=1.0) as connection:

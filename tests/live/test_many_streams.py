@@ -19,11 +19,11 @@ from rq.serializers import JSONSerializer
 
 from local import guard
 from millstream.events import Cancelled, Chunk, Started
-from tests.live.conftest import World
-from tests.live.worker_process import environment, wait_until
 from tests.oracle import check_log
 from tests.upstream import expected_text, seed_of
 from tests.valkey import Valkey
+from tests.worker_process import environment, wait_until
+from tests.world import World
 
 STREAMS: Final = 500
 CHUNKS: Final = 60

@@ -16,7 +16,6 @@ from typing import Any, Final
 import pytest
 
 from millstream.events import AnyEvent, Retrying, Started
-from tests.live.conftest import KEY, World, a_world
 from tests.upstream import (
     BOM,
     Close,
@@ -50,6 +49,7 @@ from tests.upstream import (
 )
 from tests.upstream import Chunk as Part
 from tests.valkey import Valkey
+from tests.world import KEY, World, a_world
 
 N: Final = 12
 WHOLE: Final = expected_text(N, 1)

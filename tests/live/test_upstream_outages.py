@@ -12,8 +12,6 @@ import pytest
 
 from local.parts import Model
 from millstream.events import AnyEvent, Chunk, Resumed, Retrying, Started
-from tests.live.conftest import World
-from tests.live.worker_process import WorkerProcess, wait_until
 from tests.upstream import (
     Chunk as Part,
 )
@@ -35,6 +33,8 @@ from tests.upstream import (
     refused,
 )
 from tests.valkey import Valkey
+from tests.worker_process import WorkerProcess, wait_until
+from tests.world import World
 
 N: Final = 12
 WHOLE: Final = expected_text(N, 1)

@@ -10,9 +10,9 @@ import pytest
 from millstream import JobCancelled
 from millstream.events import Cancelled, Chunk
 from tests.contract.consumers import Consumer
-from tests.live.conftest import World
-from tests.live.worker_process import wait_until
 from tests.upstream import Exchange, Headers, Script, Stall, Text, WaitFor, answer, error, expected_text
+from tests.worker_process import wait_until
+from tests.world import World
 
 TAKES_EFFECT: Final = 1.0
 """Seconds from a cancel to the upstream's closed socket: the guarantee."""

@@ -18,10 +18,10 @@ from millstream import calls
 from millstream.delivery import deliver, queue_key
 from millstream.events import Started
 from millstream.job import FUNCTION
-from tests.live.conftest import SHORTEST, World, a_world
-from tests.live.worker_process import wait_until
 from tests.upstream import Stall, Text, WaitFor, answer, expected_text
 from tests.valkey import Valkey
+from tests.worker_process import wait_until
+from tests.world import SHORTEST, World, a_world
 
 PATIENCE: Final = 4 * SHORTEST
 """Seconds after which a queued job is looked after, where the lease is the shortest."""

@@ -10,14 +10,14 @@ from typing import Final
 
 import pytest
 
-from millstream.events import Chunk, Started
+from millstream.events import Chunk
 from tests.contract.consumers import Consumer
-from tests.live.conftest import SHORTEST, World
-from tests.live.worker_process import wait_until
 from tests.proxy import Proxy
 from tests.upstream import Chunk as Part
 from tests.upstream import Finish, Pause, Reset, Script, Text, WaitFor, answer, expected_text, seed_of
 from tests.valkey import Valkey
+from tests.worker_process import wait_until
+from tests.world import SHORTEST, World
 
 AWAY: Final = 4 * SHORTEST
 """Seconds without Redis: four leases, and longer than a client's own retries (3 s)."""
@@ -29,10 +29,6 @@ def durable() -> Iterator[Valkey]:
     server = Valkey.start(appendfsync="always")
     yield server
     server.close()
-
-
-def starts(world: World, job_id: str) -> list[tuple[int, str | None]]:
-    return [(e.attempt, e.reason) for e in world.client.follow(job_id) if isinstance(e, Started)]
 
 
 @pytest.mark.parametrize("outage", ["frozen", "killed"])
@@ -72,7 +68,7 @@ def test_jobs_go_on_where_they_stood_when_redis_is_back(
     for job_id, prompt, consumer in zip(jobs, prompts, consumers, strict=True):
         world.check(job_id, [consumer.join()[job_id]])
         assert world.last_text(job_id) == expected_text(10, 1) + expected_text(200, seed_of(prompt))
-        assert starts(world, job_id) == [(1, None)]
+        assert world.starts(job_id) == [(1, None)]
     world.check_text(waiting, "no slot is free yet")
     assert world.client.status(waiting).broken == 0
     assert len(world.upstream.journal) == 21
@@ -128,7 +124,7 @@ def test_lost_replies_double_and_lose_nothing(
             assert honest.last_text(job_id) == expected_text(200, seed_of(prompt))
             assert sum(event.n for event in log if isinstance(event, Chunk)) == 200
             assert len(honest.upstream.requests_for(prompt)) == 1
-            assert starts(honest, job_id) == [(1, None)]
+            assert honest.starts(job_id) == [(1, None)]
         assert lost > 30
         worker.terminate()
         assert worker.wait() == 0
@@ -164,7 +160,7 @@ def test_lost_replies_to_cancels_and_restarts(
         for job_id in restarted:
             assert honest.outcome(job_id).text == expected_text(30, 2)
             honest.check(job_id)
-            assert starts(honest, job_id) in ([(1, None)], [(1, None), (2, "stream_broken")])
+            assert honest.starts(job_id) in ([(1, None)], [(1, None), (2, "stream_broken")])
         assert {len(honest.upstream.requests_for(prompt)) for prompt in broken} == {2}
         for job_id in cancelled:
             honest.check(job_id)
@@ -189,7 +185,7 @@ def test_a_restart_survives_a_heartbeat_on_its_way(make_world: Callable[..., Wor
         jobs = [job.id for job in world.client.submit_many([{"prompt": prompt} for prompt in prompts])]
         for job_id in jobs:
             assert honest.outcome(job_id).text == expected_text(5, 2)
-            assert starts(honest, job_id) == [(1, None), (2, "stream_broken")]
+            assert honest.starts(job_id) == [(1, None), (2, "stream_broken")]
             honest.check(job_id)
         assert {len(honest.upstream.requests_for(prompt)) for prompt in prompts} == {2}
 
@@ -218,7 +214,7 @@ def test_a_full_buffer_pauses_the_upstream_and_loses_nothing(make_world: Callabl
     assert (result.status, result.error) == ("completed", None)
     assert result.text == "".join(pieces)
     world.check(job_id)
-    assert starts(world, job_id) == [(1, None)]
+    assert world.starts(job_id) == [(1, None)]
     assert worker.alive
 
 

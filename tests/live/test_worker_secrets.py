@@ -8,8 +8,8 @@ from typing import Any, Final
 
 import pytest
 
-from tests.live.conftest import KEY, World
 from tests.upstream import Chunk, Raw, Reset, Script, Text, WaitFor, answer, error, html
+from tests.world import KEY, World
 
 PROMPT: Final = "prompt-canary-77aa1c"
 SAID: Final = "answer-canary-b81f20"

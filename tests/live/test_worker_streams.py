@@ -11,9 +11,9 @@ import pytest
 
 from millstream.events import Chunk, Event, decode
 from tests.contract.consumers import Consumer, join_all
-from tests.live.conftest import World, timeless
-from tests.live.worker_process import wait_until
 from tests.upstream import Text, WaitFor, answer, expected_text, seed_of
+from tests.worker_process import wait_until
+from tests.world import World, timeless
 
 
 def test_every_consumer_sees_every_event(shared: World) -> None:

@@ -10,7 +10,6 @@ import pytest
 
 from millstream import Result
 from millstream.events import Chunk, Event, Retrying, Started
-from tests.live.conftest import World
 from tests.upstream import (
     Chunk as Part,
 )
@@ -40,6 +39,7 @@ from tests.upstream import (
     refused,
     tool_call,
 )
+from tests.world import World
 
 RETRIES: Final = 2
 ENVIRON: Final = {

@@ -11,12 +11,14 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+import pytest
+
 from millstream.events import Started
 from tests.contract.consumers import Consumer
-from tests.live.conftest import LEASE, SHORTEST, World
-from tests.live.worker_process import environment, wait_until
 from tests.oracle import read_log
 from tests.upstream import Stall, Text, WaitFor, answer, expected_text
+from tests.worker_process import environment, wait_until
+from tests.world import LEASE, SHORTEST, World
 
 SWEEP: Final = 2.0
 """Seconds after the lapse of a lease within which the job must run again, by the guarantee a sweep of 1 s included."""
@@ -28,10 +30,7 @@ def hold_then_answer(world: World, prompts: list[str], gate: str) -> None:
         world.upstream.on(answer(Text(5, seed=1), WaitFor(gate), Stall()), answer(Text(20, seed=2)), prompt=prompt)
 
 
-def starts(world: World, job_id: str) -> list[tuple[int, str | None]]:
-    return [(e.attempt, e.reason) for e in world.client.follow(job_id) if isinstance(e, Started)]
-
-
+@pytest.mark.experiment(16)
 def test_jobs_of_a_killed_worker_run_again_elsewhere(world: World, say: Callable[[str], None]) -> None:
     """kill -9 under 50 live streams: all run again on another worker within lease and sweep, one extra attempt each."""
     prompts = [f"killed {number}" for number in range(50)]
@@ -51,11 +50,12 @@ def test_jobs_of_a_killed_worker_run_again_elsewhere(world: World, say: Callable
     for job_id in jobs:
         world.check(job_id, [seen[job_id]])
         assert world.last_text(job_id) == expected_text(20, 2)
-        assert starts(world, job_id) == [(1, None), (2, "worker_lost")]
+        assert world.starts(job_id) == [(1, None), (2, "worker_lost")]
     assert second.said("job.started", attempt=2)
     say("50 live streams under kill -9 of their worker: all whole after one more attempt")
 
 
+@pytest.mark.experiment(27)
 def test_a_killed_consumer_disturbs_nobody(shared: World) -> None:
     """kill -9 of a process that follows: the job goes on, and another consumer sees all of it."""
     prompt = "killed consumer"
@@ -77,6 +77,7 @@ def test_a_killed_consumer_disturbs_nobody(shared: World) -> None:
     assert shared.last_text(job_id) == expected_text(20, 1) + expected_text(20, 2)
 
 
+@pytest.mark.experiment(27)
 def test_killed_subscriptions_lose_nothing(shared: World, say: Callable[[str], None]) -> None:
     """CLIENT KILL TYPE pubsub at 120 random moments under live streams: every consumer ends with the whole log."""
     seed = random.randrange(2**32)
@@ -99,6 +100,7 @@ def test_killed_subscriptions_lose_nothing(shared: World, say: Callable[[str], N
     say(f"CLIENT KILL TYPE pubsub at {trials} moments, {killed} subscriptions killed, seed {seed}: nothing lost")
 
 
+@pytest.mark.experiment(18)
 def test_sigterm_lets_running_jobs_end(world: World) -> None:
     """SIGTERM: nothing new is taken, what runs ends as if nothing had happened, the exit status is 0."""
     prompt = "drained"
@@ -113,7 +115,7 @@ def test_sigterm_lets_running_jobs_end(world: World) -> None:
     assert worker.wait() == 0
     world.check(job_id)
     assert world.last_text(job_id) == expected_text(5, 1) + expected_text(5, 2)
-    assert starts(world, job_id) == [(1, None)]
+    assert world.starts(job_id) == [(1, None)]
     assert world.status(waiting) == "queued"
     assert world.redis.exists(f"rq:worker:{worker.name}") == 1
     assert world.redis.smembers("rq:workers") == set()
@@ -121,6 +123,7 @@ def test_sigterm_lets_running_jobs_end(world: World) -> None:
     world.check_text(waiting, "for another worker")
 
 
+@pytest.mark.experiment(18)
 def test_a_job_longer_than_the_grace_is_handed_over_at_once(world: World) -> None:
     """When the grace is over another worker goes on in less than the lease, and the deploy costs no attempt."""
     prompt = "longer than the grace"
@@ -137,13 +140,14 @@ def test_a_job_longer_than_the_grace_is_handed_over_at_once(world: World) -> Non
     assert time.monotonic() - asked < 0.2 + LEASE
     world.check(job_id, [seen])
     assert world.last_text(job_id) == expected_text(20, 2)
-    assert starts(world, job_id) == [(1, None), (2, "released")]
+    assert world.starts(job_id) == [(1, None), (2, "released")]
     assert world.client.status(job_id).broken == 0
     assert replacement.said("job.started", job=job_id)
     assert old.wait() == 0
     assert exchange.outcome == "client_closed"
 
 
+@pytest.mark.experiment(18)
 def test_a_second_sigterm_does_not_wait(world: World) -> None:
     """Asked twice, a worker hands over at once although its grace is long."""
     prompt = "asked twice"
@@ -160,9 +164,10 @@ def test_a_second_sigterm_does_not_wait(world: World) -> None:
     assert world.status(job_id) == "queued"
     world.worker("--burst").wait()
     world.check(job_id)
-    assert starts(world, job_id) == [(1, None), (2, "released")]
+    assert world.starts(job_id) == [(1, None), (2, "released")]
 
 
+@pytest.mark.experiment(17)
 def test_a_frozen_worker_is_fenced_when_it_wakes(world: World) -> None:
     """SIGSTOP for three leases, then SIGCONT: it writes nothing more, and lets its upstream go within a second."""
     prompt = "frozen"
@@ -193,6 +198,7 @@ def test_a_frozen_worker_is_fenced_when_it_wakes(world: World) -> None:
     world.check_text(after, "after the thaw")
 
 
+@pytest.mark.experiment(23)
 def test_attempts_that_keep_dying_end_the_job(make_world: Callable[..., World], valkey_url: str) -> None:
     """A job that takes its worker down every time fails after `max_attempts`, with a code that says so."""
     world = make_world(valkey_url, MILLSTREAM_LEASE=f"{SHORTEST:g}")
@@ -202,7 +208,7 @@ def test_attempts_that_keep_dying_end_the_job(make_world: Callable[..., World], 
 
     def begun(attempt: int) -> None:
         world.upstream.journal.wait_for(lambda journal: len(journal.waiting_for("deadly")) == attempt, 30)
-        wait_until(lambda: len(starts_so_far(world, job_id)) == attempt, f"attempt {attempt} is written")
+        wait_until(lambda: len(started_so_far(world, job_id)) == attempt, f"attempt {attempt} is written")
 
     for number in (1, 2):
         worker = world.worker()
@@ -218,10 +224,11 @@ def test_attempts_that_keep_dying_end_the_job(make_world: Callable[..., World], 
     assert len(world.upstream.requests_for(prompt)) == 2
 
 
-def starts_so_far(world: World, job_id: str) -> list[object]:
+def started_so_far(world: World, job_id: str) -> list[object]:
     return [event for event in read_log(world.redis, world.keys, job_id) if isinstance(event, Started)]
 
 
+@pytest.mark.experiment(18)
 def test_interrupt_is_a_shutdown_too(world: World) -> None:
     """Ctrl-C drains and ends in order, as RQ's shutdown command does, which arrives as the same signal."""
     worker = world.worker()

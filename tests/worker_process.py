@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from local import guard
+from tests.tally import TALLY
 
 PATIENCE: Final = 30.0
 """Seconds a test waits for what must happen soon; only a failing test waits this long."""
@@ -78,11 +79,13 @@ class WorkerProcess:
 
     def kill(self) -> None:
         """SIGKILL, as a crash; returns when it is gone."""
+        TALLY.worker_kills += 1
         self._child.kill()
         self._child.wait()
 
     def freeze(self) -> None:
         """SIGSTOP; returns when it stands still."""
+        TALLY.stops += 1
         os.kill(self.pid, signal.SIGSTOP)
         if (stat := Path(f"/proc/{self.pid}/stat")).exists():
             wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", "the worker stands still")
@@ -91,6 +94,7 @@ class WorkerProcess:
         os.kill(self.pid, signal.SIGCONT)
 
     def terminate(self) -> None:
+        TALLY.shutdowns += 1
         self._child.terminate()
 
     def wait(self, within: float = PATIENCE) -> int:
