@@ -162,8 +162,8 @@ class Proxy:
                 continue
             if _SCRIPT_CALL.search(data):
                 self._calls += 1
-                carried.loses = bool(self._lose) and self._calls % self._lose == 0
-                carried.tears = bool(self._tear) and self._calls % self._tear == 0
+                carried.loses |= bool(self._lose) and self._calls % self._lose == 0
+                carried.tears |= bool(self._tear) and self._calls % self._tear == 0
             forth.write(data)
             await forth.drain()
 
