@@ -94,9 +94,10 @@ class Reading:
         if event.seq > self.cursor + 1:
             return None
         if event.seq <= self.cursor:
-            # Late copies of what was read from the log belong to the same or an earlier attempt. A later one: the log
-            # was written anew, or somebody forged a message; the log knows.
-            return None if self._attempt and event.attempt > self._attempt else []
+            # Late copies of what was read from the log belong to the same or an earlier attempt. A later one, or another
+            # in its place: the log was written anew, or somebody forged a message; the log knows.
+            later = self._attempt and event.attempt > self._attempt
+            return None if later or self._begun_anew([event]) else []
         return self._take(event)
 
     def read(self, found: Page) -> list[Event]:

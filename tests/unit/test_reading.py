@@ -136,6 +136,38 @@ def test_a_newer_attempt_below_the_cursor_means_that_the_log_was_written_anew() 
         reading.read(Page(rewritten()[2:], 4))
 
 
+def test_the_mark_tells_an_attempt_from_another_of_its_number() -> None:
+    """The server lost attempt 1 with its claim; the next attempt 1 is longer than what was seen, and another story."""
+
+    def begun(mark: str | None, seq: int = 1) -> Started:
+        return Started(seq=seq, attempt=1, at=1.0, mark=mark)
+
+    def text(seq: int) -> Chunk:
+        return Chunk(seq=seq, attempt=1, at=1.0, delta={"content": "z"})
+
+    for there, same in [
+        ([begun("a"), text(2)], True),
+        ([begun("b"), text(2)], False),
+        ([begun(None), text(2)], False),
+        ([text(1), begun("a", 2)], False),  # it began later
+        ([text(2)], True),  # it begins too late to tell; the gap does
+        ([], True),
+    ]:
+        reading = Reading("j")
+        reading.read(Page([begun("a"), text(2)], 2))
+        assert reading.begun == 1
+        page = Page([text(2), text(3), text(4)], 4, begun=there)
+        if same:
+            assert [event.seq for event in reading.read(page)] == [3, 4]
+        else:
+            with pytest.raises(LogRewound, match="was written anew"):
+                reading.read(page)
+    live = Reading("j")
+    live.read(Page([begun("a"), text(2)], 2))
+    assert live.heard(begun("b")) is None, "the log must be read"
+    assert live.heard(begun("a")) == []
+
+
 def test_an_event_of_an_unknown_type_counts_and_is_not_shown() -> None:
     """Its seq is taken, so there is no gap after it."""
     odd = Unknown(seq=2, attempt=1, at=2.0, type="later")
