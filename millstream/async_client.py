@@ -264,7 +264,7 @@ class AsyncClient:
             try:
                 async with self._subscribed(following.open) as pubsub:
                     following.reconnected()
-                    while following.open:
+                    while following.open and not following.deaf:
                         batch = await self._next(pubsub, following, until)
                         answered, away = self._clock(), False
                         for each in batch:

@@ -254,7 +254,7 @@ class Client:
             try:
                 with self._subscribed(following.open) as pubsub:
                     following.reconnected()
-                    while following.open:
+                    while following.open and not following.deaf:
                         batch = self._next(pubsub, following, until)
                         answered, away = self._clock(), False
                         yield from batch

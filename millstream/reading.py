@@ -151,6 +151,8 @@ class Following:
         self._clock = clock
         self._began = clock()
         self._look_at: dict[str, float] = dict.fromkeys(self._readings, -math.inf)
+        self.deaf = False
+        """Whether the log, read because of silence, held news: nothing comes over this subscription; make it anew."""
 
     @property
     def open(self) -> list[str]:
@@ -201,12 +203,15 @@ class Following:
     def read(self, reading: Reading, found: Page) -> list[tuple[str, Event]]:
         """Take a page; a reading that has more pages stays due."""
         events = reading.read(found)
+        if events and self._look_at[reading.job_id] > -math.inf:
+            self.deaf = True
         if found.last or reading.ended:
             self._heard_of(reading.job_id)
         return [(reading.job_id, event) for event in events]
 
     def reconnected(self, job_id: str | None = None) -> None:
         """The subscription was renewed: whatever was published meanwhile is in the log."""
+        self.deaf = False
         for each in self._look_at if job_id is None else [job_id]:
             if each in self._look_at:
                 self._look_at[each] = -math.inf

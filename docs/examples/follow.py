@@ -66,7 +66,10 @@ class Follower:
                     if self.attempt and event["attempt"] > self.attempt:
                         raise RuntimeError("LogRewound: a newer attempt at a seq that was seen")
                     continue
+            before = self.cursor
             yield from self.read()  # acknowledged (also after a reconnect of redis-py's own), a gap, or silence
+            if message is None and self.cursor > before:
+                return  # there was news and nobody told: nothing comes over this subscription
 
     def read(self) -> Iterator[dict[str, Any]]:
         """Take the log from the cursor to its end."""

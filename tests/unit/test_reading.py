@@ -303,3 +303,21 @@ def test_a_caller_whose_time_is_over_hears_how_long_it_was() -> None:
     clock.advance(2.0)
     with pytest.raises(ResultTimeout, match="'j' has not ended within 2 s"):
         made.patience(LISTEN, until)
+
+
+def test_news_after_silence_mean_that_the_subscription_is_deaf() -> None:
+    """A half-open connection says nothing for ever: it is given up when the log knows more; a quiet job is no sign."""
+    clock = ManualClock()
+    made = Following(["j"], clock=clock)
+    made.read(made.due()[0], Page(LOG[:1], 1))
+    assert not made.deaf, "the first look is always news"
+    clock.advance(SILENCE)
+    made.read(made.due()[0], Page(LOG[:1], 1))
+    assert not made.deaf, "the job was quiet"
+    clock.advance(SILENCE)
+    made.read(made.due()[0], Page(LOG[:2], 2))
+    assert made.deaf
+    made.reconnected()
+    assert not made.deaf
+    made.read(made.due()[0], Page(LOG[:3], 3))
+    assert not made.deaf, "after a reconnect there may be news"
