@@ -73,8 +73,9 @@ def submit(keys: Keys, settings: Settings, job_id: str, spec: Spec) -> Call[bool
             raise JobExists(job_id)
         if reply[0] == b"full":
             raise RedisUnavailable(
-                f"Redis is full: {int(reply[1]):,} bytes of its maxmemory of {int(reply[2]):,} are used, and the last tenth "
-                "is kept for the jobs it has; nothing was accepted: wait for ended jobs to expire, or give it more memory"
+                f"Redis is full: {int(reply[1]):,} bytes of its maxmemory of {int(reply[2]):,} are used, and the last "
+                "tenth is kept for the jobs it has; nothing was accepted: wait for ended jobs to expire, "
+                "or give it more memory"
             )
         return reply[0] == b"created"
 

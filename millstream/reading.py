@@ -94,8 +94,8 @@ class Reading:
         if event.seq > self.cursor + 1:
             return None
         if event.seq <= self.cursor:
-            # Late copies of what was read from the log belong to the same or an earlier attempt. A later one, or another
-            # in its place: the log was written anew, or somebody forged a message; the log knows.
+            # Late copies of what was read from the log belong to the same or an earlier attempt. A later one, or
+            # another in its place: the log was written anew, or somebody forged a message; the log knows.
             later = self._attempt and event.attempt > self._attempt
             return None if later or self._begun_anew([event]) else []
         return self._take(event)
@@ -123,7 +123,7 @@ class Reading:
         return taken
 
     def _begun_anew(self, pack: Sequence[AnyEvent]) -> bool:
-        """Whether another attempt stands where ours began: Redis lost ours with its claim, and the number came again."""
+        """Whether another attempt stands where ours began: Redis lost ours, and its number was given away again."""
         ours = self._started
         there = next((event for event in pack if ours and event.seq == ours.seq), None)
         if ours is None or there is None:

@@ -10,9 +10,9 @@
         proxy.hear()                # what connects from now on is served; what was deaf stays so
         proxy.lead_to(other_url)    # new connections reach another server: a failover
 
-Only what comes back is touched, so that every command reaches the server; but for a deaf or cut connection. Script calls
-alone lose replies: they are what writes, and a connection needs more than five replies before its first command. A
-pipeline counts as one call.
+But for a deaf or cut connection only what comes back is touched, so that every command reaches the server. Script
+calls alone lose replies: they are what writes, and a connection needs more than five replies before its first command.
+A pipeline counts as one call.
 """
 
 from __future__ import annotations
@@ -140,9 +140,11 @@ class Proxy:
     async def _carry(self, carried: _Carried, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             back, forth = await asyncio.open_connection(*self._target)
-        except OSError:
+        except BaseException as error:  # cut before it was made, too
             writer.transport.abort()
-            return
+            if isinstance(error, OSError):
+                return
+            raise
         ways = [
             asyncio.create_task(self._forward(carried, reader, forth)),
             asyncio.create_task(self._reply(carried, back, writer)),

@@ -14,6 +14,7 @@ from millstream.job import new_id
 from tests.contract.consumers import Consumer
 from tests.oracle import check_consumers, check_log
 from tests.upstream import Text, answer, expected_text, seed_of
+from tests.worker_process import wait_until
 from tests.world import World, timeless
 
 ATTEMPTS: Final = 6
@@ -105,6 +106,11 @@ class Submitter:
                     self.refused.append(job_id)
                 else:
                     self.accepted.append(job_id)
+
+    def wait_for_more(self, count: int) -> None:
+        """Until so many more ids were returned from now on."""
+        known = len(self.accepted)
+        wait_until(lambda: len(self.accepted) >= known + count, f"{count} more submits")
 
     def stop(self) -> None:
         self._stop.set()

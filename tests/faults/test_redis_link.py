@@ -6,7 +6,6 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from typing import Final
 
 import pytest
 
@@ -21,6 +20,7 @@ from tests.valkey import Valkey
 from tests.worker_process import wait_until
 from tests.world import SHORTEST, World
 
+
 @pytest.fixture
 def durable() -> Iterator[Valkey]:
     """A server of the test's own, which writes everything down before it answers."""
@@ -34,11 +34,13 @@ def durable() -> Iterator[Valkey]:
 def test_jobs_go_on_where_they_stood_when_redis_is_back(
     make_world: Callable[..., World], durable: Valkey, outage: str, soak: bool, experiment: Experiment
 ) -> None:
-    """An outage of more than two leases: the worker reads on into its buffers, writes on afterwards, no attempt is lost.
+    """An outage of more than two leases: workers read on into their buffers, write on afterwards, lose no attempt.
 
     No sweep takes the living holders' jobs. Consumers that followed all the time see the whole log; a job submitted
     before and taken afterwards runs too. Deaf: the network swallows everything and ends no connection.
     """
+    if outage == "frozen" and not soak:
+        pytest.skip("in the long round: to the clients it looks like deaf")
     away = 30.0 if soak else 6.0  # longer than a command may take, 5 s
     with Proxy(durable.url) as proxy:
         world = make_world(proxy.url, MILLSTREAM_STREAMS="20")
@@ -91,7 +93,7 @@ def _go_away(outage: str, server: Valkey, proxy: Proxy, seconds: float) -> None:
 
 @pytest.mark.experiment(25)
 def test_a_worker_that_starts_without_redis_ends_in_words(make_world: Callable[..., World], durable: Valkey) -> None:
-    """It tries for some seconds, says what it found and ends with 5, which a supervisor starts again; so it works.
+    """It tries for some seconds, says what it found and ends with 5, so that a supervisor starts it again.
 
     A server that is there and takes nothing is told apart from one that is away.
     """
@@ -102,17 +104,11 @@ def test_a_worker_that_starts_without_redis_ends_in_words(make_world: Callable[.
     assert "cannot be reached" in away.log.read_text()
     durable.restart()
     redis = world.redis
-    for setting, words in (("maxmemory", "is full"), ("min-replicas-to-write", "fewer replicas")):
-        redis.config_set(setting, 1)
-        refused = world.start()
-        assert refused.wait() == 5
-        assert words in refused.log.read_text()
-        redis.config_set(setting, 0)
-    redis.replicaof("127.0.0.1", 1)
-    replica = world.start()
-    assert replica.wait() == 5
-    assert "is a replica" in replica.log.read_text()
-    redis.replicaof("NO", "ONE")
+    redis.config_set("maxmemory", 1)
+    refused = world.start()
+    assert refused.wait() == 5
+    assert "is full" in refused.log.read_text()
+    redis.config_set("maxmemory", 0)
     world.worker()
     world.check_text(world.submit("at last"), "at last")
     world.check_left()
