@@ -310,15 +310,13 @@ def test_news_after_silence_mean_that_the_subscription_is_deaf() -> None:
     """A half-open connection says nothing for ever: it is given up when the log knows more; a quiet job is no sign."""
     clock = ManualClock()
     made = Following(["j"], clock=clock)
-    made.read(made.due()[0], Page(LOG[:1], 1))
-    assert not made.deaf, "the first look is always news"
-    clock.advance(SILENCE)
-    made.read(made.due()[0], Page(LOG[:1], 1))
-    assert not made.deaf, "the job was quiet"
-    clock.advance(SILENCE)
-    made.read(made.due()[0], Page(LOG[:2], 2))
-    assert made.deaf
-    again = Following(["j"], clock=clock)
-    again.reconnected()
-    again.read(again.due()[0], Page(LOG[:3], 3))
-    assert not again.deaf, "after a reconnect there may be news"
+    looks = []
+    for upto, silence in ((1, 0.0), (1, SILENCE), (2, SILENCE)):  # the first look is always news
+        clock.advance(silence)
+        made.read(made.due()[0], Page(LOG[:upto], upto))
+        looks.append(made.deaf)
+    assert looks == [False, False, True]
+    made.reconnected()
+    looks.append(made.deaf)
+    made.read(made.due()[0], Page(LOG[:3], 3))  # and so is what came during a reconnect
+    assert [*looks, made.deaf] == [False, False, True, False, False]
