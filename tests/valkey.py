@@ -63,9 +63,21 @@ class Valkey:
         return f"redis://127.0.0.1:{self._port}/0"
 
     @property
+    def port(self) -> int:
+        return self._port
+
+    @property
+    def folder(self) -> Path:
+        """Where it keeps its data and its log."""
+        return Path(self._folder.name)
+
+    @property
     def pid(self) -> int:
         assert self._process is not None
         return self._process.pid
+
+    def connect(self) -> redis.Redis:
+        return redis.Redis(port=self._port)
 
     def kill(self) -> None:
         """SIGKILL, by pid, as a crash; returns when the process is gone."""

@@ -19,6 +19,8 @@ PATIENCE: Final = 30.0
 
 _INHERITED: Final = ("PATH", "HOME", "LANG", "TMPDIR", "VIRTUAL_ENV")
 
+PROGRAM: Final = (sys.executable, "-m", "worker")
+
 _BROKEN: Final = ("worker.broken", "job.broken", "writer.refused")
 """What a worker says when something in it is wrong, whatever the world did to it."""
 
@@ -38,12 +40,20 @@ def environment(settings: Mapping[str, str]) -> dict[str, str]:
     return {**kept, **settings}
 
 
+def memory_of(pid: int) -> int:
+    """The process's own memory in bytes: what it shares with nobody, be it in RAM or not."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon", "VmSwap")))
+
+
 class WorkerProcess:
     """One worker. Its log holds a JSON object per line, and whatever else went to stderr."""
 
-    def __init__(self, log: Path, settings: Mapping[str, str], arguments: Sequence[str]) -> None:
+    def __init__(
+        self, log: Path, settings: Mapping[str, str], arguments: Sequence[str], program: Sequence[str] = PROGRAM
+    ) -> None:
         self.log = log
-        self._child = guard.spawn([sys.executable, "-m", "worker", *arguments], log=log, environ=environment(settings))
+        self._child = guard.spawn([*program, *arguments], log=log, environ=environment(settings))
         self.pid = self._child.pid
 
     @property

@@ -19,7 +19,7 @@ from millstream.events import AnyEvent, Started
 from tests.oracle import check_consumers, check_keys, check_log
 from tests.tally import TALLY
 from tests.upstream import DEFAULT_CHUNKS, Exchange, ScriptedUpstream, expected_text, seed_of
-from tests.worker_process import PATIENCE, WorkerProcess, wait_until
+from tests.worker_process import PATIENCE, PROGRAM, WorkerProcess, wait_until
 
 LEASE: Final = 2.0
 """Seconds, short so that a lost lease is found soon; the smallest that two busy cores renew without fail."""
@@ -59,16 +59,16 @@ class World:
         self.workers: list[WorkerProcess] = []
         self._folder = folder
 
-    def start(self, *arguments: str, **environ: str) -> WorkerProcess:
-        """A worker on its way; `ready()` waits for it."""
+    def start(self, *arguments: str, program: Sequence[str] = PROGRAM, **environ: str) -> WorkerProcess:
+        """A worker on its way; `ready()` waits for it. `program` is another way to the same worker."""
         log = self._folder / f"worker-{len(self.workers) + 1}.log"
-        worker = WorkerProcess(log, {**self.environ, **environ}, arguments)
+        worker = WorkerProcess(log, {**self.environ, **environ}, arguments, program)
         self.workers.append(worker)
         return worker
 
-    def worker(self, *arguments: str, **environ: str) -> WorkerProcess:
+    def worker(self, *arguments: str, program: Sequence[str] = PROGRAM, **environ: str) -> WorkerProcess:
         """A worker that takes jobs."""
-        return self.start(*arguments, **environ).ready()
+        return self.start(*arguments, program=program, **environ).ready()
 
     def make_client(self) -> Client:
         """A client of one's own, for a thread."""

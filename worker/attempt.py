@@ -26,6 +26,7 @@ from .choice import GuardedUpstream, Held, admit
 from .clocks import Clock, Ticker
 from .outbox import Outbox
 from .retries import ANNOUNCED, WAITING_ROOM, HandBack
+from .turns import Turns
 from .upstream import Answer, Finish, Part, Piece, UpstreamFailure, Verdict, continuation
 from .writer import Writer
 
@@ -45,6 +46,7 @@ class Means:
     settings: Settings
     writer: Writer
     ticker: Ticker
+    turns: Turns
     worker: str
 
 
@@ -78,6 +80,7 @@ class Attempt:
         self._seams = 0
         self._usage_at = 0.0
         self._prompt_bytes = len(msgspec.json.encode(spec.messages))
+        self._size = self._prompt_bytes + len(msgspec.json.encode(spec.params))
         self._log = log.bind(job=outbox.job_id)
 
     @property
@@ -127,6 +130,7 @@ class Attempt:
 
     async def request(self) -> Verdict:
         """Ask once. Raises UpstreamFailure, or HandBack when the wait for leave would be too long."""
+        await self._means.turns.mine(self._size)
         upstream, ticket = await self._leave()
         self._again = True
         self._announce(upstream)

@@ -27,10 +27,12 @@ from .clerk import Clerk
 from .clocks import Ticker
 from .intake import Intake
 from .line import Line
+from .pulse import Pulse
 from .relay import Relay, Services
 from .repacker import Repacker
 from .rq_worker import Entry, StreamWorker
 from .sweeper import Sweeper
+from .turns import Turns
 from .upstream import UpstreamSettings
 from .writer import Writer
 
@@ -65,6 +67,7 @@ class Process:
                 self._line.run, settings.keys, settings.lease, settings.flush_ms and settings.flush_ms / 1000
             ),
             ticker=Ticker(),
+            turns=Turns(),
             upstreams=self._upstreams,
             worker=worker.name,
         )
@@ -86,6 +89,7 @@ class Process:
             self._service(self._services.ticker.run()),
             self._service(self._clerk.run()),
             self._service(self._clerk.beat()),
+            self._service(Pulse(self._settings, self._services.writer.heartbeats).run()),
             self._service(Sweeper(self._client).run()),
             self._service(Repacker(self._client).run()),
         ]

@@ -166,3 +166,10 @@ def test_the_running_usage_of_a_long_answer_is_kept(shared: World) -> None:
     assert 0 < running["completion_tokens"] <= 60
     shared.upstream.open_gate("usage")
     assert shared.outcome(job_id).usage == {"prompt_tokens": 7, "completion_tokens": 60, "total_tokens": 67}
+
+
+@pytest.mark.parametrize("lane", ["interactive", "batch"])
+def test_both_lanes_are_served(shared: World, lane: str) -> None:
+    """A job of either lane runs on a worker that was told nothing."""
+    prompt = f"lane {lane}"
+    shared.check_text(shared.submit(prompt, lane=lane), prompt)
