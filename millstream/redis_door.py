@@ -34,6 +34,7 @@ _IN_A_MOMENT: Final = {
     "BUSY": "is busy with a script that somebody runs for long (SCRIPT KILL ends one that has written nothing)",
     "READONLY": "is a replica now: a failover goes on, or REDIS_URL names the wrong server",
     "MASTERDOWN": "is a replica without its primary: a failover goes on, or REDIS_URL names the wrong server",
+    "UNBLOCKED": "changed its role: a failover goes on",
     "NOREPLICAS": "has fewer replicas than its min-replicas-to-write asks for",
 }
 """Error replies of a server that may serve again in a moment, and what they mean."""
