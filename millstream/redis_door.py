@@ -145,7 +145,7 @@ def _words(error: redis.exceptions.RedisError, where: str) -> str:
     if code in _IN_A_MOMENT:
         return f"Redis at {where} {_IN_A_MOMENT[code]}; try again in a moment"
     if code == "MISCONF":
-        return f"Redis at {where} cannot write to its disk and takes nothing ({text}); look at its log"
+        return f"Redis at {where} cannot write to its disk and so takes nothing (MISCONF); look at its log"
     if code in ("CLUSTERDOWN", "MOVED", "CROSSSLOT"):
         return f"Redis at {where} runs in cluster mode ({code} {text}); Millstream needs a primary without it"
     if isinstance(error, RedisConnectionError | RedisTimeoutError):

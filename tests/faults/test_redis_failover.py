@@ -48,7 +48,7 @@ def fail_over(
     make_world: Callable[..., World], make_valkey: Callable[..., Valkey], moments: random.Random, loss: Loss, name: str
 ) -> int:
     """One failover; how many jobs went on in their first attempt although their tail had been lost."""
-    primary, replica = make_valkey(), make_valkey()
+    primary, replica = make_valkey(options=["--repl-diskless-sync-delay", "0"]), make_valkey()
     with Proxy(primary.url) as line, Proxy(primary.url) as address, redis.Redis.from_url(replica.url) as promoted:
         promoted.replicaof("127.0.0.1", urlsplit(line.url).port)
         wait_until(lambda: promoted.info("replication")["master_link_status"] == "up", "the replica follows")

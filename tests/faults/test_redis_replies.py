@@ -40,9 +40,10 @@ def bare(server: Valkey) -> redis.Redis:
 
 
 def heard(server: Valkey, words: str) -> bool:
-    """Whether a write is refused in these words now."""
+    """Whether a read or a write is refused in these words now."""
     with bare(server) as connection:
         try:
+            connection.get("probe")
             connection.set("probe", 1, px=10)
         except redis.exceptions.RedisError as error:
             return words in f"{error.status_code} {error}"
