@@ -44,7 +44,7 @@ def test_a_full_server_refuses_early_and_ends_what_it_has(
     assert 0.8 * MAXMEMORY < refused_at < 0.9 * MAXMEMORY
     before = world.redis.dbsize()
     with pytest.raises(RedisUnavailable, match=r"Redis is full.*nothing was accepted"):
-        world.submit("y" * 1_000_000)
+        world.submit("y" * 2_000_000)
     assert world.redis.dbsize() == before
 
     fill(world)
@@ -77,11 +77,11 @@ def test_a_full_server_refuses_early_and_ends_what_it_has(
 
 
 def submit_until_refused(world: World) -> list[str]:
-    """The jobs that were accepted, of half a megabyte each."""
+    """The jobs that were accepted, of 1.5 MB each."""
     accepted: list[str] = []
     with suppress(RedisUnavailable):
         while True:
-            accepted += [world.submit(f"{len(accepted):08}" + "x" * 500_000, retention=1)]
+            accepted += [world.submit(f"{len(accepted):08}" + "x" * 1_500_000, retention=1)]
     return accepted
 
 
