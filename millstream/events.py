@@ -40,12 +40,16 @@ class Event(Struct, frozen=True, kw_only=True, tag_field="type"):
 
 
 class Started(Event, frozen=True, kw_only=True, tag="started"):
-    """An attempt begins. From attempt 2 on, `reason` says why, and all earlier text is void."""
+    """An attempt begins. From attempt 2 on, `reason` says why, and all earlier text is void.
+
+    `mark` is random: it tells the attempt from another that got its number after Redis lost the first.
+    """
 
     worker: str = ""
     model: str = ""
     upstream: str = ""
     reason: str | None = None
+    mark: str | None = None
 
 
 class Chunk(Event, frozen=True, kw_only=True, tag="chunk"):

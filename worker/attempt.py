@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -177,7 +178,8 @@ class Attempt:
         if before is None:
             worker, model, claim = self._means.worker, self._spec.model, self._claim
             reason = claim.reason if claim.attempt > 1 else None
-            self._put(compact("started", worker=worker, model=model, upstream=upstream.name, reason=reason))
+            mark = secrets.token_hex(4)  # tells this attempt from another of its number, should Redis lose this one
+            self._put(compact("started", worker=worker, model=model, upstream=upstream.name, reason=reason, mark=mark))
             self._log.info(
                 "job.started", attempt=claim.attempt, model=model, upstream=upstream.name, reason=claim.reason
             )
