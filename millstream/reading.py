@@ -70,7 +70,7 @@ class Reading:
         """The last seq that was taken."""
         self.ended = False
         self.known = False
-        self._attempt = 0  # of the event at the cursor; 0 = not seen by this reading
+        self._seen: AnyEvent | None = None  # the event at the cursor, unless the cursor was given
 
     def heard(self, event: AnyEvent) -> list[Event] | None:
         """Take an event from the channel. None: some are missing before it, read the log."""
@@ -79,10 +79,16 @@ class Reading:
         if event.seq > self.cursor + 1:
             return None
         if event.seq <= self.cursor:
-            # Late copies of what was read from the log belong to the same or an earlier attempt. A later one: the log
-            # was written anew, or somebody forged a message; the log knows.
-            return None if self._attempt and event.attempt > self._attempt else []
+            return None if self._contradicts(event) else []
         return self._take(event)
+
+    def _contradicts(self, event: AnyEvent) -> bool:
+        """Whether an event at or below the cursor is no late copy of what was taken: a later attempt, an end, another
+        event at the cursor. Then the log was written anew, or somebody forged a message; the log knows."""
+        seen = self._seen
+        if event.terminal or seen is None:
+            return event.terminal
+        return event.attempt > seen.attempt or (event.seq == seen.seq and not same(event, seen))
 
     def read(self, found: Page) -> list[Event]:
         """Take a page of the log."""
@@ -93,7 +99,7 @@ class Reading:
             raise LogRewound(self.job_id, self.cursor, found.seq)
         taken: list[Event] = []
         for event in found.events:
-            if event.seq == self.cursor and self._attempt and event.attempt != self._attempt:
+            if event.seq == self.cursor and self._seen is not None and not same(event, self._seen):
                 raise LogRewound(self.job_id, self.cursor, found.seq)
             if event.seq <= self.cursor:
                 continue
@@ -107,10 +113,15 @@ class Reading:
         return taken
 
     def _take(self, event: AnyEvent) -> list[Event]:
-        self.cursor, self._attempt = event.seq, event.attempt
+        self.cursor, self._seen = event.seq, event
         if isinstance(event, Terminal):
             self.ended = True
         return [event] if isinstance(event, Event) else []
+
+
+def same(one: AnyEvent, other: AnyEvent) -> bool:
+    """Whether two events are one, but for `at`: repacking rounds it, and a log that was lost is sent again later."""
+    return msgspec.structs.replace(one, at=other.at) == other
 
 
 class Following:

@@ -31,6 +31,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The long rounds, and one schedule of the simulation once more."""
+    parser.addoption("--soak", action="store_true")
+    parser.addoption("--seed", type=int, help="replay this schedule of tests/simulation, and print all of its trace")
+
+
 @pytest.fixture(scope="session")
 def valkey() -> Iterator[Valkey]:
     """A server for the whole run. Without one: skip at home, fail in CI."""
