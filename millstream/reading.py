@@ -84,7 +84,8 @@ class Reading:
 
     def _contradicts(self, event: AnyEvent) -> bool:
         """Whether an event at or below the cursor is no late copy of what was taken: a later attempt, an end, another
-        event at the cursor. Then the log was written anew, or somebody forged a message; the log knows."""
+        event at the cursor. Then the log was written anew, or somebody forged a message; the log knows.
+        """
         seen = self._seen
         if event.terminal or seen is None:
             return event.terminal

@@ -63,6 +63,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         super().__init__()
         self._rng = rng
         self._now = 0.0
+        self.leap = 0.0
         self._until = until
         self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
         self._count = itertools.count()
@@ -83,8 +84,8 @@ class VirtualLoop(asyncio.BaseEventLoop):
         return self._now
 
     def wall(self) -> float:
-        """The server's clock."""
-        return EPOCH + self._now
+        """The server's clock, which is set now and then."""
+        return EPOCH + self._now + self.leap
 
     # Scheduling --------------------------------------------------------------------------------------------------
 
@@ -174,10 +175,12 @@ class VirtualLoop(asyncio.BaseEventLoop):
         """Run a coroutine as (a part of) this actor."""
         return self.create_task(coroutine, name=name or actor.name, context=actor.context)
 
-    def signal(self, actor: Actor, number: int) -> None:
-        """Deliver a signal, once the actor can run."""
-        if callback := actor.signals.get(number):
+    def signal(self, actor: Actor, number: int) -> bool:
+        """Deliver a signal, once the actor can run. False without a handler: it dies of it, which is the caller's to do."""
+        callback = actor.signals.get(number)
+        if callback is not None:
             self.call_soon(callback, context=actor.context)
+        return callback is not None
 
     # What asyncio's users expect of a loop -----------------------------------------------------------------------
 

@@ -4,52 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import itertools
 import random
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import aclosing, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import fakeredis
 import structlog
 
-from millstream import AsyncClient, Client, Settings, calls
-from millstream.delivery import deliver
-from millstream.errors import JobExpired, JobNotFound, LogRewound, MillstreamError, RedisUnavailable
-from millstream.events import Event
-from tests.oracle import read_log
+from millstream import AsyncClient, Client, Settings
+from millstream.scripts import NAMES, load
 
 from . import server as servers
 from . import workers
+from .fate import Fate
 from .loop import ACTOR, Actor, OutOfTimeError, VirtualLoop
 from .network import Faults, Network
+from .people import People
 from .server import Peer, Server
 from .upstream import Model
 from .watch import Watch
-from .weather import Reader, Wanted, Weather
+from .weather import Weather
 
 LONGEST = 600.0
 """Virtual seconds a schedule may take in all: patience, breakers, retries and long waits fit in; a lost job does not."""
 
-
-@dataclass
-class Heard:
-    """What one consumer got."""
-
-    who: str
-    job_id: str
-    events: list[Event] = field(default_factory=list)
-    done: bool = False
-    steady: bool = False
-    """Whether it stays connected as long as it can."""
-    began: float = 0.0
-    ended: float = 0.0
-    lost: str = ""
-    """How it was told that the server lost data."""
+_SHOWN = {"append": 10, "claim": 10, "release": 5}
+"""How many of a script's arguments the trace shows; else 2, since a delivery has today's date in it."""
 
 
 @dataclass
@@ -61,6 +46,8 @@ class Running:
     task: asyncio.Task[Any] | None = None
     desk: Any = None
     leaving: bool = False
+    stopped_at: float = 0.0
+    stops: list[tuple[float, float]] = field(default_factory=list)
 
 
 class Schedule:
@@ -68,64 +55,62 @@ class Schedule:
 
     def __init__(self, weather: Weather) -> None:
         self.weather = weather
-        self.rng = random.Random(f"{weather.seed} world")
         self.trace: list[tuple[float, str, str]] = []
         self.complaints: list[str] = []
         self.loop = VirtualLoop(random.Random(f"{weather.seed} turns"), LONGEST)
         self.model = Model(weather.seed, weather.temper, self.note)
         self.server = Server(self.loop, Actor("server"))
-        self.server.seen = self._seen
         self.watch = Watch(self.server, self.complain)
-        self.server.ran = self.watch.look
-        self.network = Network(
-            self.loop, random.Random(f"{weather.seed} network"), self.server.actor, self.server.serve, self.note
-        )
+        self.server.seen, self.server.ran = self._seen, self.watch.look
+        chance = random.Random(f"{weather.seed} network")
+        self.network = Network(self.loop, chance, self.server.actor, self.server.serve, self.note)
         self.loop.connect = self.network.connect
         self.workers: list[Running] = []
-        self.accepted: dict[str, float] = {}
-        self.uncertain: set[str] = set()
-        self.cancels: dict[str, list[str]] = {}
-        self.stopped_by_rq: set[str] = set()
-        self.forgotten: set[str] = set()
-        self.heard: list[Heard] = []
-        self.before_loss: dict[str, list[Any]] | None = None
-        self.lost_since = self.lost_at = 0.0
-        self._numbers = itertools.count(1)
-        self._sync = Client(connection=fakeredis.FakeRedis(server=self.server.fake), script_header=False)
-        self.keys = self._sync.keys
+        self.readers: list[Actor] = []
+        people = random.Random(f"{weather.seed} people")
+        self.people = People(self.loop, people, weather, self._connect, self.note)
+        self.client = Client(connection=fakeredis.FakeRedis(server=self.server.fake), script_header=False)
+        """An eye and a hand that are no part of the world: they see and do at once, whatever the weather."""
+        self.keys = self.client.keys
+        self.fate = Fate(self)
+        self._shas = {load(name).sha: name for name in NAMES}
 
     @property
-    def client(self) -> Client:
-        """An eye on the data, outside of the world."""
-        return self._sync
+    def job_ids(self) -> list[str]:
+        return [job.job_id for job in self.weather.jobs]
+
+    def status(self, job_id: str) -> str:
+        """As the state says; empty without one."""
+        found = self.client.redis.hget(self.keys.state(job_id), "status")
+        return found.decode() if found else ""
 
     # The record ---------------------------------------------------------------------------------------------------
 
     def note(self, who: object, *what: object) -> None:
+        """Who did what, at this virtual moment."""
         self.trace.append((self.loop.time(), str(who), " ".join(map(str, what))))
 
-    def _seen(self, peer: Peer, fields: list[bytes], refused: bool) -> None:
-        if peer.wire is None:
-            return
-        name = fields[0].decode()
-        if name == "EVALSHA":
-            name = _SHAS.get(fields[1].decode(), "script")
-            shown = 10 if name in ("append", "claim", "release") else 2  # a delivery has today's date in it
-            said = fields[3 + int(fields[2]) :][:shown]
-            name += " " + " ".join(each.decode("utf-8", "replace")[:40] for each in said)
-        elif name in ("CLIENT", "TIME", "ZRANGE", "EVAL"):
-            return
-        self.note(peer.wire.owner, "->", name[:160], "REFUSED" if refused else "")
-
     def complain(self, what: str) -> None:
+        """Something must not be as it is."""
         self.note("judge", what)
         self.complaints.append(what)
 
+    def _seen(self, peer: Peer, fields: list[bytes], refused: bool) -> None:
+        name = fields[0].decode()
+        if peer.wire is None or name in ("CLIENT", "TIME", "ZRANGE", "EVAL"):
+            return
+        if name == "EVALSHA":
+            name = self._shas.get(fields[1].decode(), "script")
+            said = fields[3 + int(fields[2]) :][: _SHOWN.get(name, 2)]
+            name += " " + " ".join(each.decode("utf-8", "replace")[:40] for each in said)
+        self.note(peer.wire.owner, "->", name, "REFUSED" if refused else "")
+
     def _log(self, _logger: Any, level: str, event: Any) -> Any:
+        who = ACTOR.get(self.loop.world)
         words = " ".join(f"{name}={value}" for name, value in event.items() if name not in ("event", "exc_info"))
-        self.note(ACTOR.get(self.loop.world), event["event"], words)
+        self.note(who, event["event"], words)
         if level == "error":
-            self.complain(f"{ACTOR.get(self.loop.world)} logs {event['event']} {words} {event.get('exc_info')!r}")
+            self.complain(f"{who} logs {event['event']} {words} {event.get('exc_info')!r}")
         raise structlog.DropEvent
 
     # Playing ------------------------------------------------------------------------------------------------------
@@ -142,8 +127,7 @@ class Schedule:
 
     @contextmanager
     def _world(self) -> Iterator[None]:
-        seen = structlog.get_config()
-        kept = random.getstate()
+        seen, kept = structlog.get_config(), random.getstate()
         random.seed(f"{self.weather.seed} product")
         tokens = random.Random(f"{self.weather.seed} tokens")
         structlog.configure(processors=[self._log])
@@ -159,76 +143,69 @@ class Schedule:
             random.setstate(kept)
 
     async def _main(self) -> None:
-        weather = self.weather
+        weather, people = self.weather, self.people
         self.network.faults = weather.faults
         for _ in range(weather.workers):
-            self._start_worker()
-        users = self._spawn("user", *(self._ask(job) for job in weather.jobs))
+            self.start_worker()
+        tasks = self._spawn("user", *(people.ask(job) for job in weather.jobs))
         for number, reader in enumerate(weather.readers):
-            users += self._spawn(f"reader-{number}", self._read(reader))
-        if self.rng.random() < 0.3:
-            users += self._spawn("reader-all", self._read_all())
+            tasks += self._spawn(f"reader-{number}", people.read(reader))
+        if weather.reads_all:
+            tasks += self._spawn("reader-all", people.read_all())
         for at, kind, chance in weather.actions:
             await asyncio.sleep(max(0.0, at - self.loop.time()))
-            await self._act(kind, chance)
+            await self.fate.act(kind, chance)
         await asyncio.sleep(max(0.0, weather.until - self.loop.time()))
-        await self._calm_down()
-        await asyncio.wait(users)
-        for each in users:
+        self._calm_down()
+        await asyncio.wait(tasks)
+        for each in tasks:
             if (error := each.exception()) is not None:
                 self.complain(f"{each.get_name()}: {error!r}")
         await self._end_workers()
 
-    async def _calm_down(self) -> None:
+    def _calm_down(self) -> None:
+        self.note("fate", "all is well from here on")
         self.network.faults = Faults()
-        self.network.down = False
-        self.server.refusal = None
+        for reader in self.readers:
+            self.loop.go_on(reader)
         for each in self.workers:
-            self.loop.go_on(each.actor)
-        if not any(not each.leaving and not each.actor.dead for each in self.workers):
-            self._start_worker()
+            self.wake(each)
+        if not self.living():
+            self.start_worker()
 
     async def _end_workers(self) -> None:
-        """Whatever was asked must end; then the workers leave."""
-        while any(self._state(job_id) in ("queued", "in_progress") for job_id in self.weather_ids()):
+        """Whatever was asked must end and be packed; then the workers leave."""
+        while any(self.status(job_id) in ("queued", "in_progress") for job_id in self.job_ids):
             await asyncio.sleep(0.2)
         while self.client.redis.zcard(self.keys.repack):
             await asyncio.sleep(0.5)
-        left = [each for each in self.workers if not each.actor.dead and each.task is not None]
-        for each in left:
-            self.loop.signal(each.actor, signal.SIGTERM)
-        for each in left:
-            assert each.task is not None
-            with suppress(asyncio.CancelledError):
-                if await each.task is not True:
-                    self.complain(f"{each.name} did not end well")
-
-    def weather_ids(self) -> list[str]:
-        return [job.job_id for job in self.weather.jobs]
-
-    def _state(self, job_id: str) -> str:
-        found = self.client.redis.hget(self.keys.state(job_id), "status")
-        return found.decode() if found else ""
+        left = [(each, each.task) for each in self.workers if not each.actor.dead and each.task is not None]
+        for each, _ in left:
+            self.terminate(each)
+        for each, task in left:
+            if not each.actor.dead and await task is not True:
+                self.complain(f"{each.name} did not end well")
 
     def _unfinished(self) -> str:
-        states = {job_id: self.client.redis.hgetall(self.keys.state(job_id)) for job_id in self.weather_ids()}
-        readers = [each.who for each in self.heard if not each.done]
-        return f"readers that wait: {readers}; states: {states}; workers: {[each.name for each in self.workers]}"
+        states = {job_id: self.client.redis.hgetall(self.keys.state(job_id)) for job_id in self.job_ids}
+        waiting = [f"{each.who} of {each.job_id}" for each in self.people.heard if not each.done]
+        living = [each.name for each in self.workers if each.task is not None and not each.task.done()]
+        return f"readers that wait: {waiting}; states: {states}; workers: {living}"
 
     def _bury(self) -> None:
-        """Take the processes apart that were killed, without their last words."""
+        """Take apart what is left: processes that were killed, without their last words."""
         self.loop.world.dead = True
         hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
         asyncio._set_running_loop(self.loop)  # cleaning up, they ask for it
         try:
             for task in self.loop.tasks:
                 task._log_destroy_pending = False  # type: ignore[attr-defined]
-                task._log_traceback = False  # type: ignore[attr-defined]
+                task._log_traceback = False
                 if not task.done():
                     _close(task.get_coro())
             self._let_go()
-            with warnings.catch_warnings():  # their connections were not closed, of course
-                warnings.simplefilter("ignore")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # their connections were not closed, of course
                 gc.collect()
         finally:
             asyncio._set_running_loop(None)
@@ -248,7 +225,12 @@ class Schedule:
 
     def _spawn(self, name: str, *coroutines: Any) -> list[asyncio.Task[Any]]:
         actor = Actor(name)
+        if name.startswith("reader"):
+            self.readers.append(actor)
         return [self.loop.spawn(actor, each) for each in coroutines]
+
+    def _connect(self, who: str) -> AsyncClient:
+        return AsyncClient(settings=self._settings(who), clock=self.loop.time)
 
     # Workers ------------------------------------------------------------------------------------------------------
 
@@ -258,272 +240,56 @@ class Schedule:
             grace=self.weather.grace, first_token_timeout=3.0, idle_timeout=1.5, total_timeout=60.0, retries=3,
         )  # fmt: skip
 
-    def _start_worker(self) -> None:
-        running = Running(f"w{next(self._numbers)}", Actor(""))
-        running.actor.name = running.name
+    def start_worker(self) -> None:
+        """A new process, with a name of its own."""
+        name = f"w{len(self.workers) + 1}"
+        running = Running(name, Actor(name))
         self.workers.append(running)
 
         async def live() -> bool:
             process, running.desk = workers.make(
-                running.name, self._settings(running.name), self.server, self.network, self.weather.dialect
+                name, self._settings(name), self.server, self.network, self.weather.dialect
             )
             return await process.run(burst=False)
 
         running.task = self.loop.spawn(running.actor, live())
-        self.note(running.name, "born")
+        self.note(name, "born")
 
-    def _kill(self, each: Running) -> None:
-        self.note(each.name, "killed")
+    def terminate(self, each: Running) -> None:
+        """SIGTERM; who has not come to handle it dies."""
+        each.leaving = True
+        if not self.loop.signal(each.actor, signal.SIGTERM):
+            self.kill(each)
+
+    def kill(self, each: Running) -> None:
+        """Kill -9: its connections are closed by the kernel."""
         self.loop.kill(each.actor)
         self.network.cut_all(of=each.actor)
-        for request in self.model.all:
-            if request.asker is each.actor and request.open:
-                request.open, request.closed_at = False, self.loop.time()
+        for request in self._asked_by(each):
+            request.open, request.closed_at = False, self.loop.time()
 
-    def _living(self) -> list[Running]:
-        return [each for each in self.workers if not each.actor.dead and not each.leaving and not each.actor.stopped]
+    def wake(self, each: Running) -> None:
+        """SIGCONT, for one that is stopped."""
+        if each.actor.stopped:
+            self.loop.go_on(each.actor)
+            each.stops.append((each.stopped_at, self.loop.time()))
 
-    # People -------------------------------------------------------------------------------------------------------
+    def _asked_by(self, each: Running) -> list[Any]:
+        return [request for request in self.model.all if request.open and request.asker is each.actor]
 
-    def _client(self, who: str) -> AsyncClient:
-        return AsyncClient(settings=self._settings(who), clock=self.loop.time)
+    def living(self) -> list[Running]:
+        """Workers that take jobs."""
+        return [each for each in self.workers if not (each.actor.dead or each.leaving or each.actor.stopped)]
 
-    async def _ask(self, job: Wanted) -> None:
-        async with self._client(str(ACTOR.get())) as client:
-            await asyncio.sleep(job.at)
-            if not await self._submit(client, job):
-                return
-            for at in job.cancels:
-                await asyncio.sleep(max(0.0, at - self.loop.time()))
-                await self._cancel(client, job.job_id)
-
-    async def _submit(self, client: AsyncClient, job: Wanted) -> bool:
-        self.uncertain.add(job.job_id)
-        for _ in range(20):
-            try:
-                messages = [{"role": "user", "content": job.job_id}]
-                await client.submit(messages=messages, id=job.job_id, model="m", **job.options)
-            except RedisUnavailable:
-                await asyncio.sleep(self.rng.random())
-            else:
-                self.note("user", "accepted", job.job_id)
-                self.accepted[job.job_id] = self.loop.time()
-                return True
-        return False
-
-    async def _cancel(self, client: AsyncClient, job_id: str) -> None:
-        self.cancels.setdefault(job_id, [])
-        self.note("user", "cancels", job_id)
-        try:
-            self.cancels[job_id].append(await client.cancel(job_id))
-        except RedisUnavailable:
-            pass  # perhaps it is, perhaps not
-        except JobNotFound:
-            self._told_of_loss(job_id, "JobNotFound")
-
-    def _told_of_loss(self, job_id: str, word: str) -> None:
-        if self.before_loss is None and job_id not in self.forgotten:
-            self.complain(f"{job_id}: {word}, and nothing was lost")
-
-    async def _read(self, reader: Reader) -> None:
-        heard = Heard(str(ACTOR.get()), reader.job_id, steady=not reader.every)
-        self.heard.append(heard)
-        await asyncio.sleep(reader.delay)
-        if not await self._known([reader.job_id]):
-            heard.done = True
-            return
-        heard.began = self.loop.time()
-        async with self._client(heard.who) as client:
-            while not heard.done:
-                try:
-                    await self._listen(client, heard, reader.every)
-                except RedisUnavailable:
-                    await asyncio.sleep(0.5)
-                except (JobNotFound, JobExpired, LogRewound) as error:
-                    self._end_reading(heard, error)
-
-    async def _known(self, job_ids: list[str]) -> bool:
-        while not all(job_id in self.accepted for job_id in job_ids):
-            if self.loop.time() > self.weather.until + 60:
-                return False
-            await asyncio.sleep(0.1)
-        return True
-
-    async def _listen(self, client: AsyncClient, heard: Heard, every: int) -> None:
-        after, count = heard.events[-1].seq if heard.events else 0, 0
-        async with aclosing(client.follow(heard.job_id, after)) as events:
-            async for event in events:
-                self._hear(heard, event)
-                if (count := count + 1) == every:
-                    return
-        heard.done, heard.ended = True, self.loop.time()
-
-    def _hear(self, heard: Heard, event: Event) -> None:
-        self.note(heard.who, "hears", heard.job_id, event.seq, event.type)
-        heard.events.append(event)
-
-    def _end_reading(self, heard: Heard, error: MillstreamError) -> None:
-        self.note(heard.who, repr(error))
-        heard.lost, heard.done = type(error).__name__, True
-        self._told_of_loss(heard.job_id, heard.lost)
-
-    async def _read_all(self) -> None:
-        """One subscription for all jobs."""
-        ids = self.weather_ids()
-        if not await self._known(ids):
-            return
-        mine = {job_id: Heard("reader-all", job_id) for job_id in ids}
-        self.heard += mine.values()
-        async with self._client("reader-all") as client:
-            while not all(each.done for each in mine.values()):
-                if any(each.events for each in mine.values()):
-                    break  # a cursor for many jobs is one for all: it cannot go on where it stood
-                try:
-                    async for job_id, event in client.follow_many(ids):
-                        self._hear(mine[job_id], event)
-                    for each in mine.values():
-                        each.done = True
-                except RedisUnavailable:
-                    await asyncio.sleep(0.5)
-                except (JobNotFound, JobExpired, LogRewound) as error:
-                    for each in mine.values():
-                        self._end_reading(each, error)
-        for each in mine.values():
-            if not each.done:
-                each.lost, each.done = "RedisUnavailable", True
-
-    # What goes wrong ----------------------------------------------------------------------------------------------
-
-    async def _act(self, kind: str, chance: float) -> None:
-        living = self._living()
-        busy = [each for each in living if self._asks(each)]
-        chosen = busy or living
-        victim = chosen[int(chance * len(chosen))] if chosen else None
-        self.network.count(kind)
-        self.note("fate", kind, victim.name if victim else "")
-        act: Callable[..., Any] = getattr(self, "_do_" + kind.replace(" ", "_").lower())
-        if kind in ("kill", "stop", "terminate", "terminate twice", "cut", "stop by RQ"):
-            if victim is not None:
-                await act(victim, chance)
-        else:
-            await act(chance)
-
-    def _asks(self, each: Running) -> bool:
-        return any(request.open and request.asker is each.actor for request in self.model.all)
-
-    def _later(self, delay: float, what: Callable[[], object]) -> None:
-        self.loop.call_later(delay, what)
-
-    async def _do_kill(self, victim: Running, chance: float) -> None:
-        self._kill(victim)
-        self._later(self.rng.random() * 2, self._start_worker)
-
-    async def _do_stop(self, victim: Running, chance: float) -> None:
-        self.loop.stop_actor(victim.actor)
-        self._later(self.rng.random() * 5 * self.weather.lease, lambda: self.loop.go_on(victim.actor))
-        if not self._living():
-            self._later(self.rng.random(), self._start_worker)
-
-    async def _do_terminate(self, victim: Running, chance: float) -> None:
-        victim.leaving = True
-        self.loop.signal(victim.actor, signal.SIGTERM)
-        self._later(self.rng.random() * 2, self._start_worker)
-
-    async def _do_terminate_twice(self, victim: Running, chance: float) -> None:
-        await self._do_terminate(victim, chance)
-        self._later(self.rng.random() * 0.5, lambda: self.loop.signal(victim.actor, signal.SIGTERM))
-
-    async def _do_cut(self, victim: Running, chance: float) -> None:
-        self.network.cut_all(of=victim.actor)
-
-    async def _do_cut_subscribers(self, chance: float) -> None:
-        for _ in range(1 + int(chance * 4)):
-            self.network.cut_all(subscribers=True)
-            await asyncio.sleep(0.2 * self.rng.random())
-
-    async def _do_outage(self, chance: float) -> None:
-        await self._away(None)
-
-    async def _do_lose_the_tail(self, chance: float) -> None:
-        if self.before_loss is not None:
-            return
-        data, self.lost_since = self.server.snapshot(), self.loop.time()
-        await asyncio.sleep(0.05 + 1.5 * chance)
-        self.lost_at = self.loop.time()
-        self.before_loss = {job_id: read_log(self.client.redis, self.keys, job_id) for job_id in self.weather_ids()}
-        await self._away(data)
-
-    async def _away(self, data: Any) -> None:
-        self.network.down, self.network.black_hole = True, self.rng.random() < 0.3
-        self.network.cut_all()
-        await asyncio.sleep(self.rng.choice((0.1, 1.0, 6.0)) * self.rng.random())
-        self.server.restart(data)
-        if data is not None:
-            self.watch.forget()
-        self.server.refuse_scripts_only, self.server.refusal = False, b"LOADING Redis is loading the dataset in memory"
-        self.network.down = False
-        await asyncio.sleep(0.5 * self.rng.random())
-        self.server.refusal = None
-        self.note("fate", "the server is back")
-
-    async def _do_flush_scripts(self, chance: float) -> None:
-        self.server.do("SCRIPT", "FLUSH")
-
-    async def _do_read_only(self, chance: float) -> None:
-        self.server.refuse_scripts_only = True
-        self.server.refusal = b"READONLY You can't write against a read only replica."
-        await asyncio.sleep(chance * 2)
-        self.server.refusal = None
-
-    def _some_job(self, chance: float) -> Wanted | None:
-        known = [job for job in self.weather.jobs if self._state(job.job_id)]
-        return known[int(chance * len(known))] if known else None
-
-    async def _do_deliver_again(self, chance: float) -> None:
-        if (job := self._some_job(chance)) is None:
-            return
-        for _ in range(self.rng.choice((1, 1, 5))):
-            delivery = deliver(self.keys, job.job_id, job.options["lane"])
-            self.server.do("HSET", delivery.job_key, *_flat(delivery.flat_fields))
-            self.server.do("RPUSH", delivery.queue_key, delivery.rq_id)
-
-    async def _do_lose_an_entry(self, chance: float) -> None:
-        for lane in ("interactive", "batch"):
-            if found := self.server.do("RPOP", f"rq:queue:{self.keys.queue(lane)}"):
-                self.server.do("DEL", f"rq:job:{found.decode()}")
-
-    async def _do_lose_a_hash(self, chance: float) -> None:
-        for lane in ("interactive", "batch"):
-            for found in self.server.do("LRANGE", f"rq:queue:{self.keys.queue(lane)}", 0, -1):
-                self.server.do("DEL", f"rq:job:{found.decode()}")
-
-    async def _do_stop_by_rq(self, victim: Running, chance: float) -> None:
-        process_entries = list(getattr(victim.desk, "_entries", ()))
-        job = self._some_job(chance)
-        if job is None or victim.desk is None:
-            return
-        self.stopped_by_rq.add(job.job_id)
-        for rq_id in process_entries:
-            self.loop.call_soon(victim.desk.on_stop, rq_id, context=victim.actor.context)
-
-    async def _do_repack(self, chance: float) -> None:
-        """Small steps by another hand, between which readers read."""
-        for job in self.weather.jobs:
-            for _ in range(20):
-                if self._sync.run(calls.repack(self.keys, job.job_id, 3)) != "more":
-                    break
-                await asyncio.sleep(0.02 * self.rng.random())
-
-    async def _do_late_claim(self, chance: float) -> None:
-        """A worker's last request before it died: claimed, and nobody runs it."""
-        if (job := self._some_job(chance)) is not None:
-            self._sync.run(calls.claim(self.keys, job.job_id, f"late{self.rng.random()}", self.weather.lease))
-
-    async def _do_forget(self, chance: float) -> None:
-        job = self._some_job(chance)
-        if job is not None and self._state(job.job_id) not in ("queued", "in_progress"):
-            self.forgotten.add(job.job_id)
-            self._sync.run(calls.forget(self.keys, job.job_id))
+    def some_worker(self, chance: float) -> Running | None:
+        """One that could be hit; rather one that streams."""
+        there = [
+            each
+            for each in self.workers
+            if not (each.actor.dead or each.actor.stopped or (each.task is not None and each.task.done()))
+        ]
+        chosen = [each for each in there if self._asked_by(each)] or there
+        return chosen[int(chance * len(chosen))] if chosen else None
 
 
 def _close(coroutine: Any) -> None:
@@ -531,19 +297,6 @@ def _close(coroutine: Any) -> None:
     for _ in range(100):
         try:
             coroutine.close()
-        except BaseException:  # noqa: BLE001, S112 - whatever its last words are
+        except BaseException:  # noqa: BLE001 - whatever its last words are
             continue
         return
-
-
-def _flat(fields: list[Any]) -> list[Any]:
-    return [each if isinstance(each, str | bytes | int) else str(each) for each in fields]
-
-
-def _shas() -> dict[str, str]:
-    from millstream.scripts import NAMES, load
-
-    return {load(name).sha: name for name in NAMES}
-
-
-_SHAS = _shas()

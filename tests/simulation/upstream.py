@@ -109,8 +109,9 @@ class ScriptedUpstream(GuardedUpstream):
             self._refuse(request, temper, rng.random())
             yield Answering(request, rng, temper)
         finally:
-            request.open, request.closed_at = False, loop.time()
-            self.model.note(request.asker, "closed", request.job_id, f"request {request.number} sent {request.sent}")
+            if request.open:  # else the asker was killed, and the kernel has closed it
+                request.open, request.closed_at = False, loop.time()
+                self.model.note(request.asker, "closed", request.job_id, f"request {request.number}: {request.sent}")
 
     @staticmethod
     def _refuse(request: Request, temper: Temper, chance: float) -> None:

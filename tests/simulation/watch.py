@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from millstream.events import TERMINAL_STATUSES
 
@@ -26,6 +26,8 @@ class Watch:
     def __init__(self, server: Server, complain: Callable[[str], None]) -> None:
         self._server, self._complain = server, complain
         self._states: dict[bytes, _State] = {}
+        self.taken: dict[str, list[float]] = {}
+        """By job, when it was ended or taken while somebody held it."""
 
     def forget(self) -> None:
         """The server lost data: what was is no more."""
@@ -42,21 +44,28 @@ class Watch:
         if item is None:
             self._states.pop(key, None)
             return
-        get = item.value._values.get
-        now = _State(get(b"status"), int(get(b"seq")), int(get(b"attempt")), get(b"holder", b""), int(get(b"lease", b"0")))
+        field = item.value._values.get
+        now = _State(
+            field(b"status"), int(field(b"seq")), int(field(b"attempt")), field(b"holder", b""),
+            int(field(b"lease", b"0")),
+        )  # fmt: skip
         before = self._states.get(key)
         self._states[key] = now
-        if before is None or before == now:
-            return
+        if before is not None and before != now:
+            self._compare(key.decode(), before, now)
+
+    def _compare(self, key: str, before: _State, now: _State) -> None:
         if now.seq < before.seq or now.attempt < before.attempt:
-            self._complain(f"{key!r} went back: {before} became {now}")
+            self._complain(f"{key} went back: {before} became {now}")
         if before.status in _CLOSED:
-            self._complain(f"{key!r} had ended: {before} became {now}")
-        time = self._server.loop.wall() * 1000
-        taken = _token(now.holder) not in (b"", _token(before.holder)) and before.status == b"in_progress"
-        if taken and before.lease > time + 1:
-            self._complain(f"{key!r} was taken with {before.lease - time:.0f} ms of its lease left: {before} became {now}")
+            self._complain(f"{key} had ended: {before} became {now}")
+        if not before.holder or _token(now.holder) == _token(before.holder):
+            return
+        self.taken.setdefault(key.split("{")[1].split("}", maxsplit=1)[0], []).append(self._server.loop.time())
+        left = before.lease - self._server.loop.wall() * 1000
+        if now.status == b"in_progress" and left > 1:
+            self._complain(f"{key} was taken with {left:.0f} ms of its lease left: {before} became {now}")
 
 
-def _token(holder: Any) -> Any:
+def _token(holder: bytes) -> bytes:
     return holder.partition(b":")[0]

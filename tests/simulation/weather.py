@@ -10,11 +10,25 @@ from .network import Faults
 from .upstream import Temper
 
 ACTIONS = (
-    "kill", "stop", "terminate", "terminate twice", "cut", "cut subscribers", "outage", "lose the tail", "flush scripts",
-    "read only", "deliver again", "lose an entry", "lose a hash", "stop by RQ", "repack", "late claim", "forget",
+    "kill", "stop", "terminate", "terminate twice", "cut", "stop by RQ",
+    "outage", "lose the tail", "read only", "stall", "clock", "flush scripts", "cut subscribers", "stop a reader",
+    "deliver again", "lose an entry", "lose a hash", "late claim", "repack", "forget",
 )  # fmt: skip
-FATAL = frozenset({"kill", "stop", "outage", "lose the tail", "read only", "cut"})
-"""Kinds that may cost an attempt, or keep a worker from hearing that it is no longer the holder."""
+"""All kinds; what each of them is stands in fate.py."""
+
+DEAF = frozenset({"outage", "lose the tail", "read only", "stall", "clock", "cut"})
+"""Kinds that keep a worker from renewing in time, or from hearing that it is no longer the holder."""
+
+DEADLY = frozenset({"kill", "stop", "late claim"})
+"""Kinds that may cost an attempt whatever the lease."""
+
+CONSUMERS_WAIT = frozenset({"outage", "lose the tail", "stall", "clock", "cut subscribers", "stop a reader"})
+
+PATIENT = 2.0
+"""Seconds of the slowest request that a writer still waits for."""
+
+LONG = 15.0
+"""A lease, in seconds, that outlasts any outage, stall or series of lost replies of a schedule: the default."""
 
 
 @dataclass
@@ -25,6 +39,9 @@ class Wanted:
     at: float
     options: dict[str, Any]
     cancels: list[float]
+    submits: int = 1
+    """How many ask for it at once, under one id."""
+    in_batch: bool = False
 
 
 @dataclass
@@ -51,6 +68,7 @@ class Weather:
     temper: Temper
     jobs: list[Wanted]
     readers: list[Reader]
+    reads_all: bool = False
     actions: list[tuple[float, str, float]] = field(default_factory=list)
 
     @property
@@ -58,14 +76,21 @@ class Weather:
         return {kind for _, kind, _ in self.actions}
 
     @property
-    def clear(self) -> bool:
-        """Whether nothing comes between consumers and the server."""
-        return not self.faults.any and not self.kinds & {"outage", "lose the tail", "cut subscribers"}
+    def hearing(self) -> bool:
+        """Whether nothing comes between a living worker and the server."""
+        return not self.faults.any and not self.kinds & DEAF
 
     @property
-    def gentle(self) -> bool:
-        """Whether nothing happens that costs an attempt or hides the truth from a living worker."""
-        return not self.faults.any and not self.kinds & FATAL
+    def harmless(self) -> bool:
+        """Whether nothing in it may cost an attempt."""
+        hasty = {"lose the tail", "terminate", "terminate twice"}  # a hand-over must succeed within 5 s
+        patient = self.lease >= LONG and self.faults.slowest <= PATIENT and not self.kinds & hasty
+        return not self.kinds & DEADLY and (self.hearing or patient)
+
+    @property
+    def clear(self) -> bool:
+        """Whether nothing comes between consumers and the server."""
+        return not self.faults.any and not self.kinds & CONSUMERS_WAIT
 
 
 def forecast(seed: int) -> Weather:
@@ -75,7 +100,7 @@ def forecast(seed: int) -> Weather:
     until = rng.uniform(3, 10)
     weather = Weather(
         seed=seed,
-        lease=rng.choice((0.6, 1.0, 2.0)),
+        lease=rng.choice((0.6, 1.0, 1.0, 2.0, LONG)),
         workers=rng.choice((1, 2, 2, 3)),
         streams=rng.choice((1, 2, 4)),
         grace=rng.choice((0.0, 0.5, 2.0)),
@@ -85,10 +110,12 @@ def forecast(seed: int) -> Weather:
         temper=_upstream(rng),
         jobs=[_job(rng, f"j{number}", until) for number in range(rng.choice((1, 2, 3, 4)))],
         readers=[],
+        reads_all=rng.random() < 0.3,
     )
     for job in weather.jobs:
         for _ in range(rng.choice((1, 1, 2))):
-            weather.readers.append(Reader(job.job_id, rng.choice((0, 0, rng.uniform(0, until))), rng.choice((0, 0, 3, 7))))
+            delay = rng.choice((0, 0, rng.uniform(0, until)))
+            weather.readers.append(Reader(job.job_id, delay, rng.choice((0, 0, 3, 7))))
     if likes:
         chosen = sorted(likes)
         weather.actions = sorted(
@@ -135,4 +162,5 @@ def _job(rng: random.Random, job_id: str, until: float) -> Wanted:
         options["expires"] = rng.choice((0.1, 1.0, 5.0))
     at = rng.choice((0.0, rng.uniform(0, until)))
     cancels = [rng.uniform(at, until + 2)] if rng.random() < 0.3 else []
-    return Wanted(job_id, at, options, cancels * rng.choice((1, 1, 2)))
+    submits = 2 if rng.random() < 0.15 else 1
+    return Wanted(job_id, at, options, cancels * rng.choice((1, 1, 2)), submits, in_batch=rng.random() < 0.3)

@@ -36,7 +36,8 @@ class Desk(StreamWorker):
         self.name = name
         self.connection = NOTHING
         self.on_stop: Callable[[str], object] = lambda _rq_id: None
-        self.held: set[str] = set()
+        self.running: dict[str, str] = {}
+        """Job ids by the RQ ids of their deliveries."""
         self._server, self._network = server, network
 
     def _reach(self) -> None:
@@ -48,6 +49,9 @@ class Desk(StreamWorker):
 
     def book(self, started: Sequence[Entry], ended: Sequence[tuple[Entry, str]]) -> None:
         self._reach()
+        self.running.update((entry.rq_job.id, entry.job_id) for entry in started)
+        for entry, _ in ended:
+            self.running.pop(entry.rq_job.id, None)
         for entry in [*started, *(entry for entry, _ in ended)]:
             queue = self._queue_of(entry.rq_job)
             self._server.do("LREM", queue.intermediate_queue_key, 1, entry.rq_job.id)
