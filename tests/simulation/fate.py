@@ -37,8 +37,9 @@ class Fate:
             "outage": lambda: self._away(None), "lose the tail": self._lose_the_tail, "read only": self._read_only,
             "stall": self._stall, "clock": self._clock, "flush scripts": self._flush_scripts,
             "cut subscribers": self._cut_subscribers, "stop a reader": self._stop_a_reader,
-            "deliver again": self._deliver_again, "lose an entry": self._lose_an_entry, "lose a hash": self._lose_a_hash,
-            "repack": self._repack, "late claim": self._late_claim, "forget": self._forget,
+            "deliver again": self._deliver_again, "lose an entry": self._lose_an_entry,
+            "lose a hash": self._lose_a_hash, "repack": self._repack, "late claim": self._late_claim,
+            "forget": self._forget,
         }  # fmt: skip
         self._to_workers: dict[str, Callable[[Running], None]] = {
             "kill": self._kill, "stop": self._stop, "terminate": self._terminate,

@@ -64,7 +64,8 @@ def _check_job(schedule: Schedule, job_id: str) -> None:
         last = _check_text(schedule, job_id, worker, texts)
         if attempt == end.attempt and end.type in ("completed", "incomplete"):
             assert last is not None, f"{job_id}: {end.type} without an answer"
-            assert last.sent == last.pieces and last.finished, f"{job_id}: {end.type}, but {last}"
+            assert last.sent == last.pieces, f"{job_id}: {end.type}, but {last}"
+            assert last.finished, f"{job_id}: {end.type}, but {last}"
             assert _ENDS[last.ending] == end.type, f"{job_id}: {end.type}, but the answer ended by {last.ending}"
     _check_end(schedule, job_id, end)
     _check_consumers(schedule, job_id, log)

@@ -14,7 +14,10 @@ import random
 from collections import deque
 from collections.abc import Callable
 from contextvars import Context, ContextVar
-from typing import Any
+from typing import Any, TypeVar, TypeVarTuple
+
+Ts = TypeVarTuple("Ts")
+T = TypeVar("T")
 
 EPOCH = 1_800_000_000.0
 """The server's wall clock when virtual time begins: a date, so that nothing depends on today's."""
@@ -89,21 +92,29 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
     # Scheduling --------------------------------------------------------------------------------------------------
 
-    def call_soon(self, callback: Any, *args: Any, context: Context | None = None) -> asyncio.Handle:
+    def call_soon(
+        self, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
+    ) -> asyncio.Handle:
         handle = asyncio.Handle(callback, args, self, context)
         if not self.is_closed():
             self._enqueue(handle)
         return handle
 
-    def call_soon_threadsafe(self, callback: Any, *args: Any, context: Context | None = None) -> asyncio.Handle:
+    def call_soon_threadsafe(
+        self, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
+    ) -> asyncio.Handle:
         return self.call_soon(callback, *args, context=context)
 
-    def call_at(self, when: float, callback: Any, *args: Any, context: Context | None = None) -> asyncio.TimerHandle:
+    def call_at(
+        self, when: float, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
+    ) -> asyncio.TimerHandle:
         timer = asyncio.TimerHandle(when, callback, args, self, context)
         heapq.heappush(self._timers, (when, next(self._count), timer))
         return timer
 
-    def call_later(self, delay: float, callback: Any, *args: Any, context: Context | None = None) -> Any:
+    def call_later(
+        self, delay: float, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
+    ) -> asyncio.TimerHandle:
         return self.call_at(self._now + delay, callback, *args, context=context)
 
     def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
@@ -128,12 +139,12 @@ class VirtualLoop(asyncio.BaseEventLoop):
             handle = actor.ready.popleft()
             if not actor.ready:
                 del runnable[place]
-            if not handle._cancelled:  # type: ignore[attr-defined]
-                handle._run()  # type: ignore[attr-defined]
+            if not handle._cancelled:
+                handle._run()
 
     def _leap(self) -> None:
         timers = self._timers
-        while timers and timers[0][2]._cancelled:  # type: ignore[attr-defined]
+        while timers and timers[0][2]._cancelled:
             heapq.heappop(timers)
         if not timers:
             raise OutOfTimeError("nobody waits for anything that could still happen")
@@ -142,7 +153,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
             raise OutOfTimeError(f"not at rest after {self._until:g} virtual seconds")
         while timers and timers[0][0] <= self._now:
             _, _, timer = heapq.heappop(timers)
-            if not timer._cancelled:  # type: ignore[attr-defined]
+            if not timer._cancelled:
                 self._enqueue(timer)
 
     def close(self) -> None:
@@ -176,7 +187,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         return self.create_task(coroutine, name=name or actor.name, context=actor.context)
 
     def signal(self, actor: Actor, number: int) -> bool:
-        """Deliver a signal, once the actor can run. False without a handler: it dies of it, which is the caller's to do."""
+        """Deliver a signal, once the actor can run. False where nobody handles it: then it is deadly."""
         callback = actor.signals.get(number)
         if callback is not None:
             self.call_soon(callback, context=actor.context)
@@ -184,12 +195,12 @@ class VirtualLoop(asyncio.BaseEventLoop):
 
     # What asyncio's users expect of a loop -----------------------------------------------------------------------
 
-    def add_signal_handler(self, sig: int, callback: Any, *args: Any) -> None:
+    def add_signal_handler(self, sig: int, callback: Callable[[*Ts], object], *args: *Ts) -> None:
         ACTOR.get().signals[sig] = lambda: callback(*args)
 
-    def run_in_executor(self, executor: Any, func: Any, *args: Any) -> asyncio.Future[Any]:
+    def run_in_executor(self, executor: Any, func: Callable[[*Ts], T], *args: *Ts) -> asyncio.Future[T]:
         """A thread's work, done at once at some moment soon."""
-        answer = self.create_future()
+        answer: asyncio.Future[T] = self.create_future()
 
         def work() -> None:
             if answer.done():

@@ -31,7 +31,7 @@ from .watch import Watch
 from .weather import Weather
 
 LONGEST = 600.0
-"""Virtual seconds a schedule may take in all: patience, breakers, retries and long waits fit in; a lost job does not."""
+"""Virtual seconds a schedule may take: patience, breakers, retries and long waits fit in; a lost job does not."""
 
 _SHOWN = {"append": 10, "claim": 10, "release": 5}
 """How many of a script's arguments the trace shows; else 2, since a delivery has today's date in it."""
@@ -173,11 +173,14 @@ class Schedule:
         if not self.living():
             self.start_worker()
 
+    def _open(self) -> bool:
+        return any(self.status(job_id) in ("queued", "in_progress") for job_id in self.job_ids)
+
     async def _end_workers(self) -> None:
         """Whatever was asked must end and be packed; then the workers leave."""
-        while any(self.status(job_id) in ("queued", "in_progress") for job_id in self.job_ids):
+        while self._open():  # noqa: ASYNC110 - no bell rings for data
             await asyncio.sleep(0.2)
-        while self.client.redis.zcard(self.keys.repack):
+        while self.client.redis.zcard(self.keys.repack):  # noqa: ASYNC110 - no bell rings for data
             await asyncio.sleep(0.5)
         left = [(each, each.task) for each in self.workers if not each.actor.dead and each.task is not None]
         for each, _ in left:

@@ -29,7 +29,7 @@ from fakeredis.commands_mixins.scripting_mixin import LUA_MODULE
 from .loop import Actor, VirtualLoop
 from .network import Wire
 
-_TIMED = (
+_TIMED: tuple[Any, ...] = (
     fakeredis._helpers, fakeredis._socket._base, fakeredis.commands_mixins.server_mixin, fakeredis.model._stream,
 )  # fmt: skip
 
@@ -39,7 +39,7 @@ def clock(wall: Callable[[], float]) -> Iterator[None]:
     """Have fakeredis tell this time."""
     before = [module.time for module in _TIMED]
     for module in _TIMED:
-        module.time = SimpleNamespace(time=wall)  # type: ignore[assignment]
+        module.time = SimpleNamespace(time=wall)
     try:
         yield
     finally:
@@ -47,7 +47,7 @@ def clock(wall: Callable[[], float]) -> Iterator[None]:
             module.time = real
 
 
-class Raw(Exception):
+class Raw(Exception):  # noqa: N818 - a reply, not an error of this program
     """An error reply, as it stands on the wire."""
 
 
@@ -152,11 +152,11 @@ class Peer(FakeSocket):
 
     def unblock(self, waiting: Any, found: Any) -> None:
         """Answer the command that waits, unless it was answered."""
-        if self.waiting is not waiting or self.left:
+        if self.waiting is None or self.waiting is not waiting or self.left:
             return
+        _, shape = self.waiting
         self.waiting = None
         self.server.blocked.remove(self)
-        shape = waiting[1]
         self.put_response(self._decode_result(found if shape is None else shape(found)))
         self.work()
 

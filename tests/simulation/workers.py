@@ -1,4 +1,4 @@
-"""A worker process: the product's own, on the virtual loop. Only RQ's books, which need threads, are a thin stand-in."""
+"""A worker process: the product's own, on the virtual loop. Only RQ's books, which need threads, are a stand-in."""
 
 from __future__ import annotations
 
