@@ -35,6 +35,10 @@ class BrokenError(Exception):
     """The connection or what came over it ended the response early; the message says how."""
 
 
+class MalformedError(BrokenError):
+    """What came is no HTTP/1.1 response, or more of one than anybody needs."""
+
+
 class StaleError(BrokenError):
     """A connection that had served before was closed without one byte of response: ask again on a fresh one."""
 
@@ -52,8 +56,8 @@ class Response:
     """A response: its head, then its body, which is held until somebody reads it."""
 
     __slots__ = (
-        "_connection", "_error", "_flowing", "_head", "_held", "_held_size", "_paused", "_sink", "_size", "again",
-        "complete", "headers", "quiet", "status", "surplus", "until_end",
+        "_connection", "_error", "_flowing", "_head", "_held", "_held_size", "_more", "_paused", "_sink", "_size",
+        "again", "complete", "headers", "quiet", "status", "surplus", "until_end",
     )  # fmt: skip
 
     def __init__(self, connection: Connection) -> None:
@@ -78,6 +82,7 @@ class Response:
         self._held: deque[bytes] = deque()
         self._held_size = 0
         self._error: Exception | None = None
+        self._more: asyncio.Future[None] | None = None  # of who waits in `next`
 
     # Reading -----------------------------------------------------------------------------------------------------
 
@@ -120,16 +125,31 @@ class Response:
         elif self._connection is not None:
             self._connection.resume()
 
+    async def next(self) -> bytes:
+        """The next piece of a body that has no sink, empty at its end. Raises BrokenError."""
+        while not self._held:
+            if self.complete and self._error is not None:
+                raise self._error
+            if self.complete:
+                return b""
+            self._more = asyncio.get_running_loop().create_future()
+            await self._more
+        data = self._held.popleft()
+        self._held_size -= len(data)
+        if self._connection is not None:
+            self._connection.resume()
+        return data
+
     async def read(self, most: int, seconds: float) -> bytes:
         """The body, or what came of it within its first `most` bytes and so many seconds."""
-        collector = _Collector(most)
-        self.start(collector)
+        found = b""
         try:
             async with asyncio.timeout(seconds):
-                await collector.done.wait()
-        except TimeoutError:
+                while len(found) < most and (data := await self.next()):
+                    found += data
+        except (BrokenError, TimeoutError):
             pass
-        return bytes(collector.found[:most])
+        return found[:most]
 
     def finish(self) -> None:
         """The rest is not needed. It is waited for a moment in silence, so that the connection can be used again."""
@@ -154,7 +174,7 @@ class Response:
             return  # a trailer, or the head of a surplus response
         self._size += len(name) + len(value)
         if self._size > MAX_HEAD:
-            raise BrokenError(f"the head of the response exceeds {MAX_HEAD:,} bytes")
+            raise MalformedError(f"the head of the response exceeds {MAX_HEAD:,} bytes")
         self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
@@ -168,7 +188,7 @@ class Response:
         self.status = status
         coding = self.header(b"transfer-encoding").lower()
         if coding not in ("", "chunked", "identity"):
-            raise BrokenError(f"the response has the transfer encoding {coding[:40]!r}, expected chunked or none")
+            raise MalformedError(f"the response has the transfer encoding {coding[:40]!r}, expected chunked or none")
         self.until_end = coding != "chunked" and not self.header(b"content-length") and status not in (204, 304)
         if not self._head.done():
             self._head.set_result(None)
@@ -180,6 +200,7 @@ class Response:
             return
         self._held.append(data)
         self._held_size += len(data)
+        self._tell()
         if self._held_size > MAX_HELD and self._connection is not None:
             self._connection.pause()
 
@@ -188,6 +209,10 @@ class Response:
             assert self._connection is not None
             self.complete = True
             self.again = self._connection.keeps_alive()  # the parser knows only now
+
+    def _tell(self) -> None:
+        if self._more is not None and not self._more.done():
+            self._more.set_result(None)
 
     # What the connection says ------------------------------------------------------------------------------------
 
@@ -200,6 +225,7 @@ class Response:
             self._head.set_exception(error or BrokenError("the connection was closed before a response"))
         elif self._flowing and self._sink is not None:
             self._sink.end(error)
+        self._tell()
 
     def forget(self) -> None:
         """As `leave`, by whoever reads: it wants to hear no more."""
@@ -289,10 +315,10 @@ class Connection(asyncio.Protocol):
         except HttpParserCallbackError as error:
             self._break(response, error.__context__ if isinstance(error.__context__, Exception) else error)
         except HttpParserUpgrade:
-            self._break(response, BrokenError("the other end wants to speak another protocol"))
+            self._break(response, MalformedError("the other end wants to speak another protocol"))
         except HttpParserError as error:
             if not response.complete:  # else it is the surplus that is none
-                self._break(response, BrokenError(f"this is no HTTP/1.1 response: {error}"))
+                self._break(response, MalformedError(str(error)))
             else:
                 response.surplus = True
                 self._completed(response)
@@ -300,7 +326,7 @@ class Connection(asyncio.Protocol):
             if response.complete:
                 self._completed(response)
             elif response.quiet > MAX_HEAD:
-                self._break(response, BrokenError(f"{response.quiet:,} bytes came that are no body"))
+                self._break(response, MalformedError(f"{response.quiet:,} bytes came that are no body"))
 
     def connection_lost(self, error: Exception | None) -> None:
         response = self._response
@@ -347,23 +373,6 @@ class Connection(asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-
-
-class _Collector:
-    """Takes the start of a body."""
-
-    def __init__(self, most: int) -> None:
-        self.found = bytearray()
-        self.done = asyncio.Event()
-        self._most = most
-
-    def data(self, data: bytes) -> None:
-        self.found += data
-        if len(self.found) >= self._most:
-            self.done.set()
-
-    def end(self, error: Exception | None) -> None:  # noqa: ARG002 - what came is what there is
-        self.done.set()
 
 
 class _Nobody:

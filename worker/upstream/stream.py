@@ -18,14 +18,18 @@ from .sse import EventTooLargeError, Named, SseDecoder
 MAX_ANSWER: Final = 512 * 1024 * 1024
 """Bytes of one response, JSON and all; an endless stream ends here."""
 
+BROKE: Final = "the connection broke before the end of the answer"
+
 Take = Callable[[Sequence[Part]], bool]
 
 
 class Stream:
     """One response's body, decoded. The `Sink` of its response."""
 
-    def __init__(self, body: Response, max_answer: int = MAX_ANSWER) -> None:
+    def __init__(self, body: Response, start: bytes = b"", max_answer: int = MAX_ANSWER) -> None:
+        """`start`: what was read of the body already."""
         self._body = body
+        self._start = start
         self._max_answer = max_answer
         self._decoder = SseDecoder()
         self._chunks = Chunks()
@@ -44,7 +48,10 @@ class Stream:
         `take` answers whether it has room for more; if not, the reading pauses until `room()` returns.
         """
         self._take = take
-        self._body.start(self)
+        if self._start:
+            self.data(self._start)
+        if not self._full:
+            self._body.start(self)
         while not self._over:
             if not self._full:  # it may be again, from what had come already: then nobody wakes us
                 self._wake = asyncio.get_running_loop().create_future()
@@ -52,7 +59,7 @@ class Stream:
             if self._full and not self._over:
                 await room()
                 self._full = False
-                self._body.resume()
+                self._body.start(self)
         if self._failure is not None:
             raise self._failure
 
@@ -78,7 +85,7 @@ class Stream:
     def end(self, error: Exception | None) -> None:
         """Nothing more comes."""
         if isinstance(error, BrokenError):
-            self._failure = self._failure or UpstreamFailure("stream_broken", str(error))
+            self._failure = self._failure or UpstreamFailure("stream_broken", BROKE)
         elif error is not None:
             self._failure = error  # a bug of ours in `data`
         elif not self._over:
@@ -109,11 +116,11 @@ class Stream:
             for event in events:
                 if isinstance(event, Named):
                     found += self._chunks.named(event.name, event.data)
-                elif event.startswith(DONE):
-                    self.done = True
-                    break
-                elif event.strip():
-                    found += self._chunks.parts(event)
+                elif said := event.strip():
+                    if said[:1] == b"[" and said[: len(DONE)].upper() == DONE:
+                        self.done = True
+                        break
+                    found += self._chunks.parts(said)
         except UpstreamFailure as failure:
             self._failure = failure
         return found

@@ -13,12 +13,12 @@ from typing import Final
 
 import httpx2
 
-from .connection import BrokenError, Response
+from .connection import BrokenError, MalformedError, Response
 from .pool import Origin, Pool
 
 MAX_ERROR_BODY: Final = 64 * 1024
-ERROR_BODY_SECONDS: Final = 5.0
-"""What an error body is waited for; its status says enough."""
+ERROR_PATIENCE: Final = 5.0
+"""Seconds an error's body may take; its status says enough."""
 
 _EXTENSION: Final = "millstream_response"
 _FIRST_ERROR_STATUS: Final = 300
@@ -39,6 +39,8 @@ class RawBodyTransport(httpx2.AsyncBaseTransport):
         body = await request.aread()
         try:
             response = await self._pool.ask(_origin(request.url), head + body)
+        except MalformedError as error:
+            raise httpx2.RemoteProtocolError(str(error)) from None
         except (BrokenError, OSError) as error:
             said = str(error) if isinstance(error, BrokenError) else f"{type(error).__name__}: {error}"
             raise httpx2.ConnectError(said) from error
@@ -75,7 +77,7 @@ def _origin(url: httpx2.URL) -> Origin:
 
 async def _read_error(response: Response) -> bytes:
     try:
-        return await response.read(MAX_ERROR_BODY, ERROR_BODY_SECONDS) or b" "
+        return await response.read(MAX_ERROR_BODY, ERROR_PATIENCE) or b" "
     finally:
         response.close()
 
