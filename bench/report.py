@@ -15,6 +15,8 @@ from .rows import HELD_P99_MS, Row, table
 from .steady import Steady
 
 _HEAD = ("what", "naive", "product", "budget", "met")
+NOISE = 0.1
+"""The share of a core that others may take before a figure is not to be trusted."""
 _WORD = {True: "yes", False: "NO", None: "-"}
 
 
@@ -27,9 +29,19 @@ def terminal(results: Results, *, measured_only: bool = False) -> str:
     rows = [row for row in table(results) if not measured_only or row.product != "not measured"]
     lines = [_HEAD, *(cells(row) for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(_HEAD))]
-    return "\n".join(
+    columns = [
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
+    ]
+    return "\n".join([*columns, *_hints(results, rows)])
+
+
+def _hints(results: Results, rows: list[Row]) -> list[str]:
+    """What to look at where a budget was missed: whether the machine was busy with others, and how to find the time."""
+    if all(row.met is not False for row in rows):
+        return []
+    noisy = [f"{run.case} ({run.foreign_load:.0%})" for run in results.steady.values() if run.foreign_load > NOISE]
+    hints = [f"others took their share of the cores, measure again: {', '.join(noisy)}"] if noisy else []
+    return [*hints, _WHERE]
 
 
 def machine() -> str:
@@ -63,6 +75,10 @@ _INTRODUCTION = (
     "Written by `make bench`; do not edit. Absolute figures drift by 30 % from run to run on a shared machine, the\n"
     "ratios hold: baseline and product took turns in one run, and what is said of a steady load are medians over its\n"
     "rounds ({rounds})."
+)
+_WHERE = (
+    "where the time goes: perf record -g -p PID -- sleep 5, with the PID of `python -m worker` or valkey-server,\n"
+    "while `python -m bench --only 'product 500' --seconds 30` runs"
 )
 _UNITS = (
     "CPU in us per chunk, latency in ms, loads as shares of a core: the process under test, the bench's own helpers,\n"
