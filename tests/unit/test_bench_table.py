@@ -150,6 +150,15 @@ def test_the_report_tells_every_row_case_and_failure() -> None:
     assert "worker memory over an answer of 100 MB | - | +9.0 MB in 9 s | flat within 8 MB | NO" in page
 
 
+def test_a_missed_budget_says_where_to_look() -> None:
+    """A machine busy with others, by case; how to find where the time goes. Nothing of it when all is met."""
+    missed = results(NAIVE, steady("product 200", 200, cpu_us=500.0, foreign_load=0.4))
+    assert "product 200 (40%)" in report.terminal(missed)
+    assert "perf record" in report.terminal(missed)
+    met = results(NAIVE, steady("product 200", 200, cpu_us=10.0, foreign_load=0.4))
+    assert "perf record" not in report.terminal(met)
+
+
 def test_results_are_json() -> None:
     """Whoever wants to plot more can."""
     read = json.loads(report.as_json(full()))
