@@ -178,6 +178,13 @@ async def test_a_status_without_a_body_has_none(desk: Desk, status: bytes) -> No
     assert (desk.read().ended, desk.idle) == (True, [desk.connection])
 
 
+async def test_another_protocol_is_not_spoken(desk: Desk) -> None:
+    """101 is a status like another, and the end of its connection."""
+    desk.feed(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: h2c\r\nConnection: Upgrade\r\n\r\nx")
+    await desk.response.head()
+    assert (desk.response.status, desk.wire.aborted, desk.idle) == (101, True, [])
+
+
 # What is no response --------------------------------------------------------------------------------------------------
 
 
@@ -188,7 +195,6 @@ async def test_a_status_without_a_body_has_none(desk: Desk, status: bytes) -> No
         [b"\x16\x03\x01\x02\x00\x01\x00"],
         [b"HTTP/2 200\r\n\r\n"],
         [b"HTTP/1.1 abc\r\n\r\n"],
-        [b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: h2c\r\nConnection: Upgrade\r\n\r\nx"],
         [b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello"],
         [b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n"],
         [b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\nhello"],

@@ -182,7 +182,7 @@ class Response:
         if self.status:
             return
         status = self._connection.status()
-        if status < 200:  # interim: the real one follows
+        if status < 200 and status != 101:  # interim: the real one follows
             self.headers.clear()
             return
         self.status = status
