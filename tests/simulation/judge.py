@@ -138,10 +138,11 @@ def _check_consumers(schedule: Schedule, job_id: str, log: Sequence[AnyEvent]) -
 
 
 def _check_promptness(schedule: Schedule, heard: Heard) -> None:
-    if schedule.weather.clear and heard.steady and heard.ended:
-        at = int(schedule.client.redis.hget(schedule.keys.state(heard.job_id), "ended")) / 1000 - EPOCH
-        late = heard.ended - max(at, heard.began)
-        assert late < PROMPT, f"{heard.who} learned {late:.3f} s late that {heard.job_id} had ended"
+    if not (schedule.weather.clear and heard.steady):
+        return
+    for event, came in zip(heard.events, heard.times, strict=True):
+        late = came - max(event.at - EPOCH, heard.began)
+        assert late < PROMPT, f"{heard.who} of {heard.job_id} got event {event.seq} {late:.3f} s late"
 
 
 def _saw_the_lost_end(schedule: Schedule, heard: Heard) -> bool:

@@ -29,9 +29,10 @@ class Heard:
     steady: bool = False
     """Whether it stays connected as long as it can."""
     events: list[Event] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    """When each of them came."""
     done: bool = False
     began: float = 0.0
-    ended: float = 0.0
     lost: str = ""
     """How it was told that data are gone."""
 
@@ -115,11 +116,12 @@ class People:
                 self._hear(heard, event)
                 if (count := count + 1) == every:
                     return
-        heard.done, heard.ended = True, self.loop.time()
+        heard.done = True
 
     def _hear(self, heard: Heard, event: Event) -> None:
         self.note(heard.who, "hears", heard.job_id, event.seq, event.type)
         heard.events.append(event)
+        heard.times.append(self.loop.time())
 
     def _end(self, heard: Heard, error: MillstreamError) -> None:
         self.note(heard.who, repr(error))
