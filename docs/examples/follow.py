@@ -43,6 +43,7 @@ class Follower:
         self.state, self.log, self.channel = (f"{prefix}:{{{job}}}:{part}" for part in ("state", "log", "chunks"))
         self.cursor = after  # the last seq that was taken
         self.seen: dict[str, Any] | None = None  # the event at the cursor, None while unknown
+        self.begun: dict[str, Any] = {}  # the `started` of its attempt, empty while unknown
         self.known = self.ended = False
 
     def events(self) -> Iterator[dict[str, Any]]:
@@ -68,7 +69,10 @@ class Follower:
                     continue
                 if event["seq"] <= self.cursor and not self.contradicts(event):
                     continue
+            before = self.cursor
             yield from self.read()  # acknowledged (after a reconnect, too), a gap, a doubt, or silence
+            if message is None and self.cursor > before:
+                return  # there was news and nobody told: nothing comes over this subscription
 
     def contradicts(self, event: dict[str, Any]) -> bool:
         """Whether an event at or below the cursor is no late copy of what was taken: the log knows."""
@@ -83,12 +87,16 @@ class Follower:
             with self.redis.pipeline(transaction=True) as both:
                 both.xrange(self.log, min=f"{max(1, self.cursor)}-0", count=PACKS)
                 both.hmget(self.state, "seq", "status")
-                packs, (seq, status) = both.execute()
+                both.xrange(self.log, min=f"{self.begun.get('seq', 1)}-0", count=1)
+                packs, (seq, status), begun = both.execute()
             if seq is None:
                 raise LookupError("JobExpired: it was there" if self.known else "JobNotFound")
             self.known = True
             if self.cursor > int(seq):
                 raise RuntimeError("LogRewound: the log ends before what was seen")
+            for event in (each for pack in begun for each in unpack(*pack)):
+                if event["seq"] == self.begun.get("seq") and event.get("mark") != self.begun.get("mark"):
+                    raise RuntimeError("LogRewound: another attempt stands where the one that was seen began")
             for event in (each for pack in packs for each in unpack(*pack)):
                 if event["seq"] == self.cursor and self.seen is not None and not same(event, self.seen):
                     raise RuntimeError("LogRewound: another event at the seq that was seen last")
@@ -106,6 +114,7 @@ class Follower:
     def take(self, event: dict[str, Any]) -> dict[str, Any]:
         """Move the cursor to the next event."""
         self.cursor, self.seen = event["seq"], event
+        self.begun = event if event["type"] == "started" else self.begun
         self.ended = event["type"] in TERMINAL
         return event
 
