@@ -54,6 +54,7 @@ def _noting(schedule: Schedule, what: str, check: Callable[[], object]) -> None:
 
 
 def _check_job(schedule: Schedule, job_id: str) -> None:
+    assert job_id in schedule.people.accepted, f"{job_id}: never accepted"
     if not schedule.client.redis.exists(schedule.keys.state(job_id)):
         _check_missing(schedule, job_id)
         return
@@ -75,7 +76,7 @@ def _check_job(schedule: Schedule, job_id: str) -> None:
 
 
 def _check_missing(schedule: Schedule, job_id: str) -> None:
-    if job_id not in schedule.people.accepted or job_id in schedule.fate.forgotten:
+    if job_id in schedule.fate.forgotten:
         return
     lost = schedule.fate.before_loss is not None and schedule.fate.lost_since <= schedule.people.accepted[job_id]
     assert lost, f"{job_id}: accepted at {schedule.people.accepted[job_id]:.3f}, and gone"
