@@ -125,6 +125,8 @@ def _check_consumers(schedule: Schedule, job_id: str, log: Sequence[AnyEvent]) -
     may_be_gone = schedule.fate.before_loss is not None or job_id in schedule.fate.forgotten
     for heard in (each for each in schedule.people.heard if each.job_id == job_id):
         seen = timeless(heard.events)
+        if heard.resumed and schedule.fate.before_loss is not None:
+            continue
         if not heard.lost and not _saw_the_lost_end(schedule, heard):
             check_consumers([seen], truth)
             _check_promptness(schedule, heard)

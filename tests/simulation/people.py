@@ -28,6 +28,8 @@ class Heard:
     job_id: str
     steady: bool = False
     """Whether it stays connected as long as it can."""
+    resumed: bool = False
+    """Whether it went on from a bare number, by which nobody can tell that the log below it was written anew."""
     events: list[Event] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
     """When each of them came."""
@@ -110,6 +112,7 @@ class People:
         return True
 
     async def _listen(self, client: AsyncClient, heard: Heard, every: int) -> None:
+        heard.resumed = heard.resumed or bool(heard.events)
         after, count = heard.events[-1].seq if heard.events else 0, 0
         async with aclosing(client.follow(heard.job_id, after)) as events:
             async for event in events:
