@@ -55,7 +55,8 @@ class Started(Event, frozen=True, kw_only=True, tag="started"):
 class Chunk(Event, frozen=True, kw_only=True, tag="chunk"):
     """A piece of choice `index`; `n` upstream chunks were merged into it.
 
-    `delta` holds what the upstream sent: `content`, `reasoning`, `refusal` (text) or `tool_calls` (a list).
+    `delta` holds one thing the upstream sent: `content`, `reasoning`, `refusal` (text), `tool_calls` (a list), or
+    another that docs/wire.md names.
     """
 
     delta: dict[str, Any]

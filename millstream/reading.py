@@ -79,7 +79,7 @@ class Reading:
         """The last seq that was taken."""
         self.ended = False
         self.known = False
-        self._attempt = 0  # of the event at the cursor; 0 = not seen by this reading
+        self._seen: AnyEvent | None = None  # the event at the cursor, unless the cursor was given
         self._started: Started | None = None
 
     @property
@@ -94,11 +94,18 @@ class Reading:
         if event.seq > self.cursor + 1:
             return None
         if event.seq <= self.cursor:
-            # Late copies of what was read from the log belong to the same or an earlier attempt. A later one, or
-            # another in its place: the log was written anew, or somebody forged a message; the log knows.
-            later = self._attempt and event.attempt > self._attempt
-            return None if later or self._begun_anew([event]) else []
+            return None if self._contradicts(event) else []
         return self._take(event)
+
+    def _contradicts(self, event: AnyEvent) -> bool:
+        """Whether an event at or below the cursor is no late copy of what was taken: a later attempt, an end, another
+        event at the cursor. Then the log was written anew, or somebody forged a message; the log knows.
+        """
+        seen = self._seen
+        if event.terminal or seen is None:
+            return event.terminal
+        another = event.seq == seen.seq and not same(event, seen)
+        return another or event.attempt > seen.attempt or self._begun_anew([event])
 
     def read(self, found: Page) -> list[Event]:
         """Take a page of the log."""
@@ -109,7 +116,7 @@ class Reading:
             raise LogRewound(self.job_id, self.cursor, found.seq)
         taken: list[Event] = []
         for event in found.events:
-            if event.seq == self.cursor and self._attempt and event.attempt != self._attempt:
+            if event.seq == self.cursor and self._seen is not None and not same(event, self._seen):
                 raise LogRewound(self.job_id, self.cursor, found.seq)
             if event.seq <= self.cursor:
                 continue
@@ -131,12 +138,17 @@ class Reading:
         return not isinstance(there, Started) or (there.attempt, there.mark) != (ours.attempt, ours.mark)
 
     def _take(self, event: AnyEvent) -> list[Event]:
-        self.cursor, self._attempt = event.seq, event.attempt
+        self.cursor, self._seen = event.seq, event
         if isinstance(event, Started):
             self._started = event
         if isinstance(event, Terminal):
             self.ended = True
         return [event] if isinstance(event, Event) else []
+
+
+def same(one: AnyEvent, other: AnyEvent) -> bool:
+    """Whether two events are one, but for `at`: repacking rounds it, and a log that was lost is sent again later."""
+    return msgspec.structs.replace(one, at=other.at) == other
 
 
 class Following:

@@ -43,7 +43,7 @@ class Valkey:
 
     def __init__(self, program: str, options: Sequence[str]) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="millstream-valkey-")
-        self._program, self._options, self._port = program, options, _free_port()
+        self._program, self._options, self._port = program, options, free_port()
         self._process: subprocess.Popen[bytes] | None = None
         self.environ: Mapping[str, str] = {}
         """Laid over its environment at the next start."""
@@ -138,7 +138,7 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     while True:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

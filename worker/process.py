@@ -17,7 +17,7 @@ import structlog
 from millstream import calls
 from millstream.async_client import AsyncClient
 from millstream.calls import Claim
-from millstream.errors import RedisUnavailable, SpecError
+from millstream.errors import JobNotFound, RedisUnavailable, SpecError
 from millstream.job import Spec
 from millstream.redis_door import translated
 from millstream.settings import Settings
@@ -164,6 +164,8 @@ class Process:
             await self._client.run(calls.cancel(self._settings.keys, relay.job_id))
         except RedisUnavailable as error:
             log.warning("job.stop_failed", job=relay.job_id, reason=str(error))
+        except JobNotFound:  # a failover lost it: its relay learns that, too
+            relay.look()
         else:
             relay.look()
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.tally import TALLY
 from tests.upstream import ScriptedUpstream
-from tests.valkey import Valkey
+from tests.valkey import Valkey, free_port
 from tests.worker_process import WorkerProcess
 from tests.world import SHORT
 
@@ -115,7 +115,7 @@ def test_a_replica_is_refused(make_valkey: Callable[..., Valkey], start: Start) 
 
 def test_a_cluster_is_refused(make_valkey: Callable[..., Valkey], start: Start) -> None:
     """A job and its queue live in different slots, so no script could hold them together."""
-    server = make_valkey(options=["--cluster-enabled", "yes"])
+    server = make_valkey(options=["--cluster-enabled", "yes", "--cluster-port", str(free_port())])
     says(start(server.url), 2, f"127.0.0.1:{server.port}", "cluster mode")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from millstream import Chunk, Completed, JobExpired, JobNotFound, LogRewound, ResultTimeout, Started
@@ -167,6 +168,38 @@ def test_the_mark_tells_an_attempt_from_another_of_its_number() -> None:
     live.read(Page([begun("a"), text(2)], 2))
     assert live.heard(begun("b")) is None, "the log must be read"
     assert live.heard(begun("a")) == []
+
+
+@pytest.mark.parametrize(
+    "other", [Chunk(seq=3, attempt=1, at=3.0, delta={"content": "z"}), Completed(seq=3, attempt=1, at=3.0)]
+)
+def test_another_event_at_the_cursor_means_that_the_log_was_written_anew(other: AnyEvent) -> None:
+    """Also of the same attempt: its claim was lost with it, or the job ended where the lost event had been."""
+    reading = Reading("j")
+    reading.read(found(3))
+    assert reading.heard(other) is None
+    with pytest.raises(LogRewound):
+        reading.read(Page([other], 3, closed=other.terminal))
+
+
+@pytest.mark.parametrize("after", [0, 3])
+def test_an_end_below_the_cursor_means_that_the_log_was_written_anew(after: int) -> None:
+    """A reader that has not ended has seen no end: the log is read, and ends before its cursor."""
+    reading = Reading("j", after)
+    if not after:
+        reading.read(found(3))
+    assert reading.heard(Completed(seq=2, attempt=1, at=9.0)) is None
+    with pytest.raises(LogRewound):
+        reading.read(Page([], 2, closed=True))
+
+
+def test_the_same_event_at_another_time_is_the_same() -> None:
+    """Repacking rounds times, and a worker sends again what the server lost."""
+    reading = Reading("j")
+    reading.read(found(3))
+    again = msgspec.structs.replace(LOG[2], at=9.0)
+    assert reading.heard(again) == []
+    assert reading.read(Page([again, LOG[3]], 4, closed=True)) == [LOG[3]]
 
 
 def test_an_event_of_an_unknown_type_counts_and_is_not_shown() -> None:
