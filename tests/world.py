@@ -45,6 +45,16 @@ def timeless(events: Iterable[AnyEvent]) -> list[AnyEvent]:
     return [msgspec.structs.replace(event, at=0.0) for event in events]
 
 
+def table(name: str, base_url: str, more: str = "") -> str:
+    """An upstream in a file of several."""
+    return f'[upstreams."{name}"]\nbase_url = "{base_url}"\n{more}\n'
+
+
+def starts(log: list[AnyEvent]) -> list[tuple[int, str, str | None]]:
+    """Attempt, upstream and reason of every beginning in a log."""
+    return [(each.attempt, each.upstream, each.reason) for each in log if isinstance(each, Started)]
+
+
 class World:
     """One Redis, one upstream and any number of workers."""
 
