@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
@@ -68,6 +69,9 @@ class Replica:
         if self.keys.state("j") in call.keys and not self.swept_at.done():
             self.swept_at.set_result(now)
         return []
+
+    async def run_many(self, calls: Sequence[Call[Any]]) -> list[Any]:
+        return [await self.run(each) for each in calls]
 
     def pipeline(self, *, transaction: bool) -> Replica:
         return self
