@@ -48,8 +48,9 @@ async def working(repacker: Repacker) -> AsyncIterator[asyncio.Task[None]]:
     try:
         yield task
     finally:
-        task.cancel()
-        await asyncio.wait([task])
+        while not task.done():  # once is not enough on Python 3.11, see `_end` in worker/process.py
+            task.cancel()
+            await asyncio.wait([task], timeout=0.1)
 
 
 async def emptied(client: Client, task: asyncio.Task[None]) -> None:

@@ -356,7 +356,9 @@ class Connection(asyncio.Protocol):
         self._response = None
         if response.until_end and error is None:
             response.leave(None)
-        elif not response.status and not response.quiet and self.served:
+        elif error is None and not response.status and not response.quiet and self.served:
+            # Closed in order, without a byte: the other end had done so before it saw the request. A reset is no such
+            # sign, and asking again may cost twice: that is for the retries to decide.
             response.leave(StaleError("the idle connection had been closed"))
         elif error is None:
             where = "in the middle of the body" if response.status else "before a response"
