@@ -66,8 +66,9 @@ class Sweeper:
     async def _sweep(self, due: list[str]) -> None:
         keys, lease = self._client.keys, self._client.settings.lease
         oldest = {lane: await self._oldest(lane) for lane in LANES}
-        for job_id, lane, why in await self._client.run(calls.sweep(keys, lease, due, oldest)):
-            await self._client.run(calls.redeliver(keys, job_id, lane))
+        found = await self._client.run(calls.sweep(keys, lease, due, oldest))
+        await self._client.run_many([calls.redeliver(keys, job_id, lane) for job_id, lane, _ in found])
+        for job_id, lane, why in found:
             log.info("sweep.delivered_again", job=job_id, lane=lane, because=why)
 
     async def _oldest(self, lane: str) -> int | None:
