@@ -91,7 +91,7 @@ class Outbox:
         """Content of a choice; merges with what waits of the same choice."""
         if self._abandoned:
             return
-        if self._texts and (index != self._index or self._length >= MAX_TEXT):
+        if self._texts and (index != self._index or self._length + len(text) > MAX_TEXT):
             self._close_text()
         self._index = index
         self._merged += n

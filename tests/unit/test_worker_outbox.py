@@ -73,6 +73,18 @@ def test_a_large_text_becomes_several_events_and_frames(outbox: Outbox) -> None:
     assert max(sizes) <= MAX_TEXT + 20
 
 
+def test_pieces_that_merge_keep_within_one_event(outbox: Outbox) -> None:
+    """Text that waits merges only as long as the event stays within MAX_TEXT characters."""
+    for _ in range(3):
+        outbox.text(0, "x" * (MAX_TEXT - 1))
+    outbox.text(0, "y")
+    assert list(map(len, outbox.freeze().events)) == [
+        MAX_TEXT - 1 + 2,
+        MAX_TEXT - 1 + 2,
+        len(f'[0,2,"{"x" * MAX_TEXT}"]'),
+    ]
+
+
 def test_the_upstream_waits_while_too_much_does(outbox: Outbox) -> None:
     """Full at FULL characters; there is room again when a frame has been acknowledged."""
     while not full(outbox):
