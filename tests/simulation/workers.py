@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
@@ -85,12 +86,22 @@ class InOrder(dict[Any, None]):
         self.pop(member, None)
 
 
+class Unheard:
+    """In place of the pulse, whose thread lives in real time: no loop of this world is ever busy."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    async def run(self) -> None:
+        await asyncio.Event().wait()
+
+
 @contextmanager
 def product_on(model: Model, token_hex: Callable[[int], str]) -> Any:
     """The product's seams to the outside, led to this world: upstreams, and the randomness of tokens and nonces."""
     tokens = SimpleNamespace(token_hex=token_hex)
     with ExitStack() as stack:
         stack.enter_context(patch.object(worker.process, "GuardedUpstream", ScriptedUpstream))
+        stack.enter_context(patch.object(worker.process, "Pulse", Unheard))
         stack.enter_context(patch("worker.intake.secrets", tokens))
         # redis-py parses its own package's metadata for every connection: a third of a schedule's time.
         stack.enter_context(patch("redis.utils.get_lib_version", lambda: "8"))
