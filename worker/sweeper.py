@@ -51,6 +51,8 @@ class Sweeper:
                 self._healthy_since = None
 
     async def _due(self) -> list[str]:
+        # A script that may write: a replica or a disk in trouble still answers reads while no holder can renew.
+        await self._client.run(calls.sweep(self._client.keys, self._client.settings.lease, (), {}))
         pipe = self._client.redis.pipeline(transaction=False)
         pipe.time()
         pipe.zrange(self._client.keys.open, 0, BATCH - 1, withscores=True)

@@ -76,6 +76,16 @@ class Desk(StreamWorker):
 NOTHING: Any = SimpleNamespace(connection_pool=SimpleNamespace(connection_kwargs={}))
 
 
+class NoPulse:
+    """Nothing keeps a virtual loop busy, and there are no threads to notice it."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    async def run(self) -> None:
+        await asyncio.Event().wait()
+
+
 class InOrder(dict[Any, None]):
     """A set in the order of its members' coming: a seed must mean the same in every process."""
 
@@ -86,22 +96,13 @@ class InOrder(dict[Any, None]):
         self.pop(member, None)
 
 
-class Unheard:
-    """In place of the pulse, whose thread lives in real time: no loop of this world is ever busy."""
-
-    def __init__(self, *_: Any) -> None: ...
-
-    async def run(self) -> None:
-        await asyncio.Event().wait()
-
-
 @contextmanager
 def product_on(model: Model, token_hex: Callable[[int], str]) -> Any:
     """The product's seams to the outside, led to this world: upstreams, and the randomness of tokens and nonces."""
     tokens = SimpleNamespace(token_hex=token_hex)
     with ExitStack() as stack:
         stack.enter_context(patch.object(worker.process, "GuardedUpstream", ScriptedUpstream))
-        stack.enter_context(patch.object(worker.process, "Pulse", Unheard))
+        stack.enter_context(patch.object(worker.process, "Pulse", NoPulse))
         stack.enter_context(patch("worker.intake.secrets", tokens))
         # redis-py parses its own package's metadata for every connection: a third of a schedule's time.
         stack.enter_context(patch("redis.utils.get_lib_version", lambda: "8"))
