@@ -62,9 +62,20 @@ class Sweeper:
     async def _sweep(self, due: list[str]) -> None:
         keys, lease = self._client.keys, self._client.settings.lease
         oldest = {lane: await self._oldest(lane) for lane in LANES}
-        for job_id, lane, why in await self._client.run(calls.sweep(keys, lease, due, oldest)):
+        lines = await self._lines(due)
+        for job_id, lane, why in await self._client.run(calls.sweep(keys, lease, due, oldest, lines)):
             await self._client.run(calls.redeliver(keys, job_id, lane))
             log.info("sweep.delivered_again", job=job_id, lane=lane, because=why)
+
+    async def _lines(self, due: list[str]) -> dict[str, str]:
+        """The lines of limits in which some of the due jobs wait."""
+        pipe = self._client.redis.pipeline(transaction=False)
+        for job_id in due:
+            pipe.hget(self._client.keys.state(job_id), "line")
+        found = await pipe.execute(raise_on_error=False)
+        named = zip(due, found, strict=True)
+        start = self._client.keys.limit
+        return {job_id: line.decode() for job_id, line in named if isinstance(line, bytes) and line.startswith(start)}
 
     async def _oldest(self, lane: str) -> int | None:
         """When the job at the head of a lane's queue was submitted (ms); None for an empty lane."""
