@@ -18,7 +18,7 @@
 | `P:limit:METER:tickets` | ZSET                 | tickets of running requests, by when their lease ends   |
 | `P:limit:METER:held`    | HASH                 | ticket: lane, slot, tokens reserved                     |
 | `P:limit:METER:line:LANE` | ZSET               | deliveries that wait for the limit, by when they were submitted |
-| `P:limit:METER:front`   | ZSET                 | running jobs' further requests that wait, by when their place lapses |
+| `P:limit:METER:front`   | ZSET                 | requests of running jobs that wait, by when they lapse |
 | `P:limit:METER:replies` | HASH                 | the last answer to each worker                          |
 | `P-LANE`                | RQ queue             | deliveries: RQ jobs named `JOB-NONCE`                   |
 

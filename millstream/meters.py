@@ -46,6 +46,9 @@ class Limits:
         return bool(self.requests or self.tokens or self.streams)
 
 
+NO_LIMITS: Final = Limits()
+
+
 @dataclass(frozen=True, slots=True)
 class Meter:
     """One upstream and one model, with their limits."""

@@ -86,7 +86,11 @@ def check_keys(redis: Any, keys: Keys) -> None:
     still_open = {job_id.decode() for job_id in redis.zrange(keys.open, 0, -1)}
     waiting = {
         rq_id.decode() for name in redis.scan_iter("rq:queue:*", _type="list") for rq_id in redis.lrange(name, 0, -1)
-    }
+    } | {
+        member.decode().rpartition(":")[0]  # in the line of a limit
+        for name in redis.scan_iter(f"{keys.prefix}:limit:*:line:*", _type="zset")
+        for member in redis.zrange(name, 0, -1)
+    }  # fmt: skip
     stray = [
         name
         for name in map(bytes.decode, redis.scan_iter("*"))

@@ -1,8 +1,11 @@
 """Takes deliveries from the lanes, as many as there are free slots, and turns them into claimed jobs.
 
-    queue ──take──> intermediate list ──read──> entry ──claim──> relay
-                                          │                 └ busy, closed, unknown: the delivery is done with
+    queue ──take──> intermediate list ──read──> entry ──(ticket)──> claim──> relay
+                                          │        │           └ busy, closed, unknown: the delivery is done with
+                                          │        └ no ticket now: it waits in its meter's line, which holds no slot
                                           └ poison: put aside with its reason
+
+Where a limit is set, the ticket comes before the claim, and from the first of the line, whoever put it there.
 
 While idle it waits with `BLMOVE queue queue LEFT LEFT`, which moves the head onto itself: it blocks until there is
 something and takes nothing, so that nothing can be lost in a reply, however the wait ends.
@@ -11,8 +14,9 @@ something and takes nothing, so that nothing can be lost in a reply, however the
 from __future__ import annotations
 
 import asyncio
+import random
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 import redis.exceptions
@@ -23,9 +27,12 @@ from millstream.async_client import AsyncClient
 from millstream.calls import Call, Claim
 from millstream.errors import RedisUnavailable, SpecError
 from millstream.job import Spec, parse
+from millstream.meters import UNUSED, Meter, Place
 from millstream.redis_door import translated
 
+from .choice import PATIENCE, Upstreams, preferred
 from .clerk import Clerk
+from .limiter import Grant, Limiter, TooLarge
 from .rq_worker import Entry, PoisonError, StreamWorker
 
 BATCH: Final = 50
@@ -36,25 +43,38 @@ SUSPENDED: Final = 0.5
 AWAY: Final = 0.5
 """Seconds between looks while RQ is suspended, or Redis away."""
 
+LOOK: Final = 1.0
+"""Seconds between looks at the lines that other workers keep."""
+
+SPREAD: Final = 0.1
+"""Seconds over which workers spread when a line is due."""
+
 log = structlog.get_logger()
 
-Begin = Callable[[Entry, Spec | SpecError, str, Claim], None]
+Leave = Grant | TooLarge | None
+Begin = Callable[[Entry, Spec | SpecError, str, Claim, Leave], None]
 T = TypeVar("T")
 
 
 class Intake:
     """The way in. `begin` is called for each job that was claimed."""
 
-    def __init__(self, client: AsyncClient, worker: StreamWorker, clerk: Clerk, slots: int, begin: Begin) -> None:
+    def __init__(
+        self, client: AsyncClient, worker: StreamWorker, clerk: Clerk, slots: int, begin: Begin,
+        upstreams: Upstreams, limiter: Limiter,
+    ) -> None:  # fmt: skip
         self._client = client
         self._worker = worker
         self._clerk = clerk
         self._begin = begin
+        self._upstreams = upstreams
+        self._limiter = limiter
         self._free = slots
         self._freed = asyncio.Event()
         self._away = False
         self._stopping = asyncio.Event()
         self._peeks: dict[str, asyncio.Task[bool]] = {}
+        self._look_at = 0.0
 
     def stop(self) -> None:
         """Take nothing more; `run` returns once what it has taken is turned in."""
@@ -80,9 +100,11 @@ class Intake:
                     self._away = False
                     if taken:
                         await self._turn_in(taken)
-                    elif burst:
-                        return
-                    else:
+                    if taken is not None and await self._serve_lines():
+                        continue
+                    if not taken:
+                        if burst and taken is not None and not self._limiter.lines:
+                            return
                         await self._wait(stop, suspended=taken is None)
                 except RedisUnavailable as error:
                     await self._while_away(error)
@@ -97,11 +119,24 @@ class Intake:
         for key in self._worker.queue_keys():
             if key not in self._peeks:
                 self._peeks[key] = asyncio.create_task(self._peek(key))
-        done, _ = await asyncio.wait([stop, *self._peeks.values()], return_when=asyncio.FIRST_COMPLETED)
+        moves = asyncio.create_task(self._limiter.freed.wait())
+        try:
+            waits = [stop, moves, *self._peeks.values()]
+            done, _ = await asyncio.wait(waits, timeout=self._patience(), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            moves.cancel()
         self._peeks = {key: peek for key, peek in self._peeks.items() if peek not in done}
-        for failure in [each.exception() for each in done]:
+        for failure in [each.exception() for each in done if each is not moves]:
             if failure is not None:
                 raise failure
+
+    def _patience(self) -> float:
+        """Seconds until a line is due, or until it is time to look for lines."""
+        now = asyncio.get_running_loop().time()
+        wait = self._look_at - now
+        if self._limiter.next_due is not None:
+            wait = min(wait, self._limiter.next_due - now + random.uniform(0, SPREAD))
+        return max(0.0, wait)
 
     async def _peek(self, key: str) -> bool:
         try:
@@ -125,26 +160,133 @@ class Intake:
         self._away = True
         await asyncio.sleep(AWAY)
 
-    async def _turn_in(self, taken: Sequence[tuple[int, str]]) -> None:
+    async def _turn_in(
+        self, taken: Sequence[tuple[int | None, str]], grants: Mapping[str, Grant] | None = None
+    ) -> None:
+        """Deliveries become running jobs; `grants`: the tickets of those that come from a line."""
         entries = await self._insist(lambda: self._read(taken))
+        leaves: dict[str, Leave] = dict(grants or {})
+        if entries:
+            specs = await self._insist(lambda: self._specs(entries))
+            if grants is None:
+                entries = await self._in_line(entries, specs, leaves)
+            await self._claim_all(entries, specs, leaves)
+        for leave in leaves.values():  # of deliveries that are gone from under it
+            self._give_back(leave)
+
+    async def _claim_all(
+        self, entries: Sequence[Entry], specs: Mapping[str, Spec | SpecError], leaves: dict[str, Leave]
+    ) -> None:
         if not entries:
             return
         tokens = [secrets.token_hex(8) for _ in entries]
         keys, lease = self._client.keys, self._client.settings.lease
         wanted = [calls.claim(keys, each.job_id, token, lease) for each, token in zip(entries, tokens, strict=True)]
         claims = await self._insist(lambda: self._claim(wanted))
-        held = [each for each in zip(entries, tokens, claims, strict=True) if each[2].outcome == "claimed"]
-        specs = await self._insist(lambda: self._specs([entry.job_id for entry, _, _ in held]))
-        for (entry, token, claim), spec in zip(held, specs, strict=True):
-            self._free -= 1
-            self._clerk.started(entry)
-            self._begin(entry, spec, token, claim)
-        for entry, claim in zip(entries, claims, strict=True):
-            if claim.outcome != "claimed":
+        for entry, token, claim in zip(entries, tokens, claims, strict=True):
+            leave = leaves.pop(entry.rq_job.id, None)
+            if claim.outcome == "claimed":
+                self._free -= 1
+                self._clerk.started(entry)
+                self._begin(entry, specs[entry.rq_job.id], token, claim, leave)
+            else:
+                self._give_back(leave)
                 log.info("intake.nothing_to_do", job=entry.job_id, because=claim.outcome, status=claim.status)
                 self._clerk.ended(entry, claim.status or claim.outcome)
 
-    async def _read(self, taken: Sequence[tuple[int, str]]) -> list[Entry]:
+    # Limits ------------------------------------------------------------------------------------------------------
+
+    async def _in_line(
+        self, entries: Sequence[Entry], specs: Mapping[str, Spec | SpecError], leaves: dict[str, Leave]
+    ) -> list[Entry]:
+        """Those that may begin now. Where there are limits, the rest waits in line, and others may come from there."""
+        lines: dict[Meter, list[Entry]] = {}
+        free = []
+        for entry in entries:
+            meter = self._metered(specs[entry.rq_job.id])
+            if meter is None:
+                free.append(entry)
+            else:
+                lines.setdefault(meter, []).append(entry)
+        for meter, group in lines.items():
+            begun, others = await self._join(meter, [self._place(entry, specs) for entry in group], len(free), leaves)
+            free += [entry for entry in group if entry.rq_job.id in begun]
+            if others:
+                await self._turn_in([(None, delivery) for delivery in others], others)
+        return free
+
+    def _metered(self, spec: Spec | SpecError) -> Meter | None:
+        """The meter whose ticket the job needs; None when it needs none."""
+        if isinstance(spec, SpecError):
+            return None
+        for upstream in preferred(self._upstreams.serving(spec.model)):
+            meter = self._limiter.meter(upstream, spec.model)
+            if not self._limiter.watches(meter):
+                return None
+            if self._limiter.busy_for(meter) <= PATIENCE:
+                return meter
+        serving = self._upstreams.serving(spec.model)
+        return self._limiter.meter(serving[0], spec.model) if serving else None
+
+    def _place(self, entry: Entry, specs: Mapping[str, Spec | SpecError]) -> Place:
+        spec = specs[entry.rq_job.id]
+        assert isinstance(spec, Spec)
+        lane = entry.rq_job.origin.removeprefix(f"{self._client.settings.prefix}-")
+        return self._limiter.place(entry.rq_job.id, entry.job_id, spec, lane, entry.since)
+
+    async def _join(
+        self, meter: Meter, places: Sequence[Place], spoken_for: int, leaves: dict[str, Leave]
+    ) -> tuple[set[str], dict[str, Grant]]:
+        """Take tickets. Which of these deliveries may begin now, or fail as too large; and others from the line."""
+        call = self._limiter.acquire(meter, places, max(0, self._free - spoken_for))
+        found, grants = await self._insist(lambda: self._limiter.take(meter, call))
+        asked = {place.delivery for place in places}
+        leaves.update({delivery: grant for delivery, grant in grants.items() if delivery in asked})
+        for delivery, tokens in found.too_large.items():
+            leaves[delivery] = TooLarge(tokens, meter.limits.tokens, meter.upstream)
+        begun = (asked & grants.keys()) | found.too_large.keys()
+        if left := len(asked) - len(begun):
+            log.info("limits.in_line", meter=meter.name, jobs=left, waiting=found.waiting, because=found.because)
+        return begun, {delivery: grant for delivery, grant in grants.items() if delivery not in asked}
+
+    async def _serve_lines(self) -> bool:
+        """Begin jobs whose turn in a line has come, own or others'. Whether there were any."""
+        self._limiter.freed.clear()
+        if asyncio.get_running_loop().time() >= self._look_at:
+            await self._look()
+        served = False
+        for meter in self._limiter.due():
+            if self._free <= 0:
+                break
+            call = self._limiter.acquire(meter, (), min(self._free, BATCH))
+            _, grants = await self._limiter.take(meter, call)
+            if grants:
+                served = True
+                await self._turn_in([(None, delivery) for delivery in grants], grants)
+        return served
+
+    async def _look(self) -> None:
+        keys = self._client.keys
+        pipe = self._client.redis.pipeline(transaction=False)
+        pipe.time()
+        pipe.zrange(keys.waiting, 0, -1, withscores=True)
+        pipe.zrange(keys.learned, 0, -1, withscores=True)
+        with translated(self._client.settings.redis_url):
+            replies = await pipe.execute()
+        self._note(replies)
+
+    def _note(self, replies: Sequence[Any]) -> None:
+        (seconds, micros), waiting, learned = replies
+        self._limiter.note(seconds * 1000 + micros // 1000, waiting, learned)
+        self._look_at = asyncio.get_running_loop().time() + LOOK
+
+    def _give_back(self, leave: Leave) -> None:
+        if isinstance(leave, Grant):
+            self._limiter.settle(leave, UNUSED)
+
+    # Reading -----------------------------------------------------------------------------------------------------
+
+    async def _read(self, taken: Sequence[tuple[int | None, str]]) -> list[Entry]:
         pipe = self._client.redis.pipeline(transaction=False)
         for _, rq_id in taken:
             pipe.hgetall(self._worker.job_key(rq_id))
@@ -160,16 +302,17 @@ class Intake:
                 log.warning("intake.put_aside", rq_job=rq_id[:100], reason=str(poison))
                 keep = isinstance(fields, dict) and bool(fields)
                 with translated(self._client.settings.redis_url):
-                    await self._clerk.do(self._worker.put_aside, queue_number, rq_id, str(poison), keep)
+                    await self._clerk.do(self._worker.put_aside, queue_number or 0, rq_id, str(poison), keep)
         return entries
 
-    def _read_one(self, queue_number: int, rq_id: str, fields: Any) -> Entry:
+    def _read_one(self, queue_number: int | None, rq_id: str, fields: Any) -> Entry:
         if isinstance(fields, redis.exceptions.RedisError):
             if "WRONGTYPE" not in str(fields):
                 raise RedisUnavailable(str(fields)) from fields
             raise PoisonError("its hash is of another type")
         try:
-            return self._worker.read(queue_number, rq_id, fields)
+            number = self._worker.queue_of(fields) if queue_number is None else queue_number
+            return self._worker.read(number, rq_id, fields)
         except (ValueError, TypeError) as error:  # RQ's own refusal of an id
             raise PoisonError(str(error)[:200]) from None
 
@@ -190,14 +333,31 @@ class Intake:
                 claims.append(Claim("error"))
         return claims
 
-    async def _specs(self, job_ids: Sequence[str]) -> list[Spec | SpecError]:
-        if not job_ids:
-            return []
+    async def _specs(self, entries: Sequence[Entry]) -> dict[str, Spec | SpecError]:
+        """Specs by delivery. On the way: when the jobs were submitted, and what Redis knows of limits."""
+        keys = self._client.keys
+        pipe = self._client.redis.pipeline(transaction=False)
+        pipe.time()
+        pipe.zrange(keys.waiting, 0, -1, withscores=True)
+        pipe.zrange(keys.learned, 0, -1, withscores=True)
+        for entry in entries:
+            pipe.get(keys.spec(entry.job_id))
+            pipe.hget(keys.state(entry.job_id), "created")
         try:
-            bodies = await self._client.redis.mget([self._client.keys.spec(job_id) for job_id in job_ids])
+            replies = await pipe.execute(raise_on_error=False)
         except redis.exceptions.RedisError as error:
             raise RedisUnavailable(str(error)) from error
-        return [_spec(body) for body in bodies]
+        for reply in replies:
+            if isinstance(reply, redis.exceptions.RedisError) and "WRONGTYPE" not in str(reply):
+                raise RedisUnavailable(str(reply)) from reply
+        self._note(replies[:3])
+        specs = {}
+        bodies, created = replies[3::2], replies[4::2]
+        for number, (entry, body, at) in enumerate(zip(entries, bodies, created, strict=True)):
+            # Jobs of one millisecond keep the order of their lane.
+            entry.since = (float(at) if isinstance(at, bytes) and at.isdigit() else 0.0) + number / 1000
+            specs[entry.rq_job.id] = _spec(body)
+        return specs
 
 
 def _broken_keys(error: RedisUnavailable) -> bool:
@@ -205,8 +365,8 @@ def _broken_keys(error: RedisUnavailable) -> bool:
     return type(error.__cause__) is redis.exceptions.ResponseError and "user_script" in str(error.__cause__)
 
 
-def _spec(body: bytes | None) -> Spec | SpecError:
-    if body is None:
+def _spec(body: Any) -> Spec | SpecError:
+    if not isinstance(body, bytes):
         return SpecError("the spec is missing")
     try:
         return parse(body)

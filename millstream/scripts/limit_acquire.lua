@@ -49,7 +49,7 @@ local function head(lane)
 end
 
 -- Requests again within an attempt go before the line; a place there lapses with its score.
-local granted, why, at = {}, '', nil
+local granted, why, at, foreign = {}, '', nil, false
 call('ZREMRANGEBYSCORE', FRONT, '-inf', now)
 local front = call('ZCARD', FRONT) > 0
 while want > 0 do
@@ -57,6 +57,7 @@ while want > 0 do
   local lane = chat and not (row and m.streak >= 19) and 0 or 1
   local member, tokens = head(lane)
   if not member then
+    foreign = waits[0] + waits[1] > 0 -- who waits is of a lane that others serve
     break
   end
   if front then
@@ -90,6 +91,7 @@ if waiting > 0 then
   call('PEXPIRE', WAITING, KEPT)
   call('PEXPIRE', LINES[0], KEPT)
   call('PEXPIRE', LINES[1], KEPT)
+  wait = foreign and 1000 or wait
 else
   m.behind = 0
   call('ZREM', WAITING, name)

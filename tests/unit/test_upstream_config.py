@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from millstream import Settings, SettingsError
+from millstream.meters import Limits
 from worker.upstream.config import FIELDS, load, parse
 
 ENVIRON = {"A_KEY": "sk-canary-0123456789", "EMPTY": " ", "BROKEN": "one\nX-Evil: two"}
@@ -45,7 +46,7 @@ def test_every_field_is_read() -> None:
     )  # fmt: skip
     assert (first.headers, first.query) == ({"X-Title": "mill"}, {"api-version": "2024-10-21"})
     assert (first.stream_options, first.ends_with, first.finish_reasons) == (False, "done", frozenset({"eos"}))
-    assert (first.continue_with, first.limits) == ("vllm", {"rpm": 60, "tpm": 90000, "streams": 8})
+    assert (first.continue_with, first.limits) == ("vllm", Limits(60, 90_000, 8))
     assert not first.breaker
     assert (second.api_key, second.models, second.stream_options, second.ends_with) == (
         None, ("*",), True, "finish_reason",

@@ -18,6 +18,7 @@ from openai import AsyncOpenAI, AsyncStream
 from millstream.job import Spec
 
 from .config import UpstreamSettings
+from .counts import counts
 from .failures import UpstreamFailure, from_error, from_status
 from .stream import Stream
 from .transport import RawBodyTransport, body_of
@@ -136,7 +137,9 @@ async def _read_to_end(body: aiohttp.ClientResponse) -> None:
 
 
 def _from_response(response: httpx2.Response, body: Any) -> UpstreamFailure:
-    return from_status(response.status_code, body, retry_after(response.headers))
+    failure = from_status(response.status_code, body, retry_after(response.headers))
+    failure.counts = counts(response.headers)
+    return failure
 
 
 def _headers(settings: UpstreamSettings) -> dict[str, str]:

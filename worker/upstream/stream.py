@@ -13,6 +13,7 @@ from typing import Final, cast
 import aiohttp
 
 from .chunks import DONE, Chunks, Part
+from .counts import Counts, counts
 from .failures import UpstreamFailure
 from .sse import EventTooLargeError, Named, SseDecoder
 
@@ -38,6 +39,11 @@ class Stream:
         self._wake: asyncio.Future[None] | None = None
         self.done = False
         """Whether `[DONE]` was seen; nothing after it counts."""
+
+    @property
+    def counts(self) -> Counts:
+        """What the response's headers say of the upstream's limits."""
+        return counts(self._body.headers)
 
     async def play(self, take: Take, room: Callable[[], Awaitable[None]]) -> None:
         """Give every part to `take`, as it comes, to the end. Raises UpstreamFailure.
