@@ -61,8 +61,8 @@ local function slide(from, first, suffix, drop)
   return first
 end
 
--- Read the meter and bring its counts up to now. `window` (ms) nil: as it was.
-local function open_meter(window)
+-- Read the meter and bring its counts up to now. `window` (ms) nil: as it was; `look`: and write nothing.
+local function open_meter(window, look)
   local found = call('HMGET', METER, unpack(FIELDS))
   for i, name in ipairs(FIELDS) do
     m[name] = tonumber(found[i] or 0)
@@ -77,7 +77,10 @@ local function open_meter(window)
   width = max(1, floor(m.window / SLOTS))
   slot = floor(now / width)
   m.near = slide(m.near, slot - floor(SLOTS / 6) - SLACK, 'n', false)
-  m.from = slide(m.from, slot - SLOTS - SLACK, '', true)
+  m.from = slide(m.from, slot - SLOTS - SLACK, '', not look)
+  if look then
+    return
+  end
   -- Leases that ran out: the streams come back, what was reserved counts as used.
   local lost = call('ZRANGEBYSCORE', TICKETS, '-inf', now, 'LIMIT', 0, 500)
   for _, ticket in ipairs(lost) do

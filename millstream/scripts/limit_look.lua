@@ -1,4 +1,4 @@
--- limit_look: a meter as it is now, for people.
+-- limit_look: a meter as it is now, for people. Writes nothing.
 --
 -- KEYS  1 to 11 as _meter says
 -- ARGV  none
@@ -8,11 +8,10 @@
 -- flags: allow-oom
 -- uses: _meter
 
-open_meter()
+open_meter(nil, true)
 if m.window == 0 then
   return {0, 0, 0, 0, 0, 0, 0, 0, 0, now, 0, 0, 0}
 end
-save_meter()
 local rpm, tpm = limits()
 local waits = {[0] = call('ZCARD', LINES[0]), call('ZCARD', LINES[1])}
 local next_due = 0
@@ -23,5 +22,5 @@ for lane = 0, 1 do
     next_due = at or now
   end
 end
-return {m.r, floor(rpm), m.t, floor(tpm), call('ZCARD', TICKETS), m.streams, waits[0], waits[1], m.window, now,
+return {m.r, floor(rpm), m.t, floor(tpm), call('ZCOUNT', TICKETS, now, '+inf'), m.streams, waits[0], waits[1], m.window, now,
   floor(next_due), m.cooling > now and m.cooling or 0, floor(m.mean)}
