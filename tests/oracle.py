@@ -99,6 +99,13 @@ def check_keys(redis: Any, keys: Keys) -> None:
     assert not stray, f"keys without a TTL: {sorted(stray)}"
 
 
+def end_line(redis: Any, keys: Keys, meter: str, lane: str) -> None:
+    """Take everybody out of a line: their deliveries are gone, as they would be once they were worked off."""
+    line = keys.line(meter, lane)
+    members = [member.decode().rpartition(":")[0] for member in redis.zrange(line, 0, -1)]
+    redis.delete(line, *(f"rq:job:{delivery}" for delivery in members))
+
+
 def _may_stay(name: str, keys: Keys, still_open: set[str], waiting: set[str]) -> bool:
     if name in (keys.open, keys.ended, "rq:queues", "rq:workers"):
         return True

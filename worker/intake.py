@@ -14,7 +14,6 @@ something and takes nothing, so that nothing can be lost in a reply, however the
 from __future__ import annotations
 
 import asyncio
-import random
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final, TypeVar
@@ -27,13 +26,12 @@ from millstream.async_client import AsyncClient
 from millstream.calls import Call, Claim
 from millstream.errors import RedisUnavailable, SpecError
 from millstream.job import Spec, parse
-from millstream.meters import UNUSED, Meter, Place
 from millstream.redis_door import translated
 
-from .choice import PATIENCE, Upstreams, preferred
 from .clerk import Clerk
-from .limiter import Grant, Limiter, TooLarge
+from .limiter import Grant
 from .rq_worker import Entry, PoisonError, StreamWorker
+from .tickets import Leave, Tickets
 
 BATCH: Final = 50
 PEEK: Final = 2.0
@@ -43,15 +41,8 @@ SUSPENDED: Final = 0.5
 AWAY: Final = 0.5
 """Seconds between looks while RQ is suspended, or Redis away."""
 
-LOOK: Final = 1.0
-"""Seconds between looks at the lines that other workers keep."""
-
-SPREAD: Final = 0.1
-"""Seconds over which workers spread when a line is due."""
-
 log = structlog.get_logger()
 
-Leave = Grant | TooLarge | None
 Begin = Callable[[Entry, Spec | SpecError, str, Claim, Leave], None]
 T = TypeVar("T")
 
@@ -61,20 +52,18 @@ class Intake:
 
     def __init__(
         self, client: AsyncClient, worker: StreamWorker, clerk: Clerk, slots: int, begin: Begin,
-        upstreams: Upstreams, limiter: Limiter,
+        tickets: Tickets,
     ) -> None:  # fmt: skip
         self._client = client
         self._worker = worker
         self._clerk = clerk
         self._begin = begin
-        self._upstreams = upstreams
-        self._limiter = limiter
+        self._tickets = tickets
         self._free = slots
         self._freed = asyncio.Event()
         self._away = False
         self._stopping = asyncio.Event()
         self._peeks: dict[str, asyncio.Task[bool]] = {}
-        self._look_at = 0.0
 
     def stop(self) -> None:
         """Take nothing more; `run` returns once what it has taken is turned in."""
@@ -103,7 +92,7 @@ class Intake:
                     if taken is not None and await self._serve_lines():
                         continue
                     if not taken:
-                        if burst and taken is not None and not self._limiter.lines:
+                        if burst and taken is not None and not self._tickets.lines:
                             return
                         await self._wait(stop, suspended=taken is None)
                 except RedisUnavailable as error:
@@ -119,24 +108,16 @@ class Intake:
         for key in self._worker.queue_keys():
             if key not in self._peeks:
                 self._peeks[key] = asyncio.create_task(self._peek(key))
-        moves = asyncio.create_task(self._limiter.freed.wait())
+        moves = asyncio.create_task(self._tickets.moves())
         try:
             waits = [stop, moves, *self._peeks.values()]
-            done, _ = await asyncio.wait(waits, timeout=self._patience(), return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(waits, timeout=self._tickets.patience(), return_when=asyncio.FIRST_COMPLETED)
         finally:
             moves.cancel()
         self._peeks = {key: peek for key, peek in self._peeks.items() if peek not in done}
         for failure in [each.exception() for each in done if each is not moves]:
             if failure is not None:
                 raise failure
-
-    def _patience(self) -> float:
-        """Seconds until a line is due, or until it is time to look for lines."""
-        now = asyncio.get_running_loop().time()
-        wait = self._look_at - now
-        if self._limiter.next_due is not None:
-            wait = min(wait, self._limiter.next_due - now + random.uniform(0, SPREAD))
-        return max(0.0, wait)
 
     async def _peek(self, key: str) -> bool:
         try:
@@ -169,10 +150,13 @@ class Intake:
         if entries:
             specs = await self._insist(lambda: self._specs(entries))
             if grants is None:
-                entries = await self._in_line(entries, specs, leaves)
+                admitted = await self._tickets.admit(entries, specs, self._free, self._insist)
+                entries, leaves = admitted.begin, admitted.leaves
+                for others in admitted.others:
+                    await self._turn_in([(None, delivery) for delivery in others], others)
             await self._claim_all(entries, specs, leaves)
         for leave in leaves.values():  # of deliveries that are gone from under it
-            self._give_back(leave)
+            self._tickets.give_back(leave)
 
     async def _claim_all(
         self, entries: Sequence[Entry], specs: Mapping[str, Spec | SpecError], leaves: dict[str, Leave]
@@ -190,99 +174,17 @@ class Intake:
                 self._clerk.started(entry)
                 self._begin(entry, specs[entry.rq_job.id], token, claim, leave)
             else:
-                self._give_back(leave)
+                self._tickets.give_back(leave)
                 log.info("intake.nothing_to_do", job=entry.job_id, because=claim.outcome, status=claim.status)
                 self._clerk.ended(entry, claim.status or claim.outcome)
 
-    # Limits ------------------------------------------------------------------------------------------------------
-
-    async def _in_line(
-        self, entries: Sequence[Entry], specs: Mapping[str, Spec | SpecError], leaves: dict[str, Leave]
-    ) -> list[Entry]:
-        """Those that may begin now. Where there are limits, the rest waits in line, and others may come from there."""
-        lines: dict[Meter, list[Entry]] = {}
-        free = []
-        for entry in entries:
-            meter = self._metered(specs[entry.rq_job.id])
-            if meter is None:
-                free.append(entry)
-            else:
-                lines.setdefault(meter, []).append(entry)
-        for meter, group in lines.items():
-            begun, others = await self._join(meter, [self._place(entry, specs) for entry in group], len(free), leaves)
-            free += [entry for entry in group if entry.rq_job.id in begun]
-            if others:
-                await self._turn_in([(None, delivery) for delivery in others], others)
-        return free
-
-    def _metered(self, spec: Spec | SpecError) -> Meter | None:
-        """The meter whose ticket the job needs; None when it needs none."""
-        if isinstance(spec, SpecError):
-            return None
-        for upstream in preferred(self._upstreams.serving(spec.model)):
-            meter = self._limiter.meter(upstream, spec.model)
-            if not self._limiter.watches(meter):
-                return None
-            if self._limiter.busy_for(meter) <= PATIENCE:
-                return meter
-        serving = self._upstreams.serving(spec.model)
-        return self._limiter.meter(serving[0], spec.model) if serving else None
-
-    def _place(self, entry: Entry, specs: Mapping[str, Spec | SpecError]) -> Place:
-        spec = specs[entry.rq_job.id]
-        assert isinstance(spec, Spec)
-        lane = entry.rq_job.origin.removeprefix(f"{self._client.settings.prefix}-")
-        return self._limiter.place(entry.rq_job.id, entry.job_id, spec, lane, entry.since)
-
-    async def _join(
-        self, meter: Meter, places: Sequence[Place], spoken_for: int, leaves: dict[str, Leave]
-    ) -> tuple[set[str], dict[str, Grant]]:
-        """Take tickets. Which of these deliveries may begin now, or fail as too large; and others from the line."""
-        call = self._limiter.acquire(meter, places, max(0, self._free - spoken_for))
-        found, grants = await self._insist(lambda: self._limiter.take(meter, call))
-        asked = {place.delivery for place in places}
-        leaves.update({delivery: grant for delivery, grant in grants.items() if delivery in asked})
-        for delivery, tokens in found.too_large.items():
-            leaves[delivery] = TooLarge(tokens, meter.limits.tokens, meter.upstream)
-        begun = (asked & grants.keys()) | found.too_large.keys()
-        if left := len(asked) - len(begun):
-            log.info("limits.in_line", meter=meter.name, jobs=left, waiting=found.waiting, because=found.because)
-        return begun, {delivery: grant for delivery, grant in grants.items() if delivery not in asked}
-
     async def _serve_lines(self) -> bool:
         """Begin jobs whose turn in a line has come, own or others'. Whether there were any."""
-        self._limiter.freed.clear()
-        if asyncio.get_running_loop().time() >= self._look_at:
-            await self._look()
         served = False
-        for meter in self._limiter.due():
-            if self._free <= 0:
-                break
-            call = self._limiter.acquire(meter, (), min(self._free, BATCH))
-            _, grants = await self._limiter.take(meter, call)
-            if grants:
-                served = True
-                await self._turn_in([(None, delivery) for delivery in grants], grants)
+        async for grants in self._tickets.due(lambda: min(self._free, BATCH)):
+            served = True
+            await self._turn_in([(None, delivery) for delivery in grants], grants)
         return served
-
-    async def _look(self) -> None:
-        keys = self._client.keys
-        pipe = self._client.redis.pipeline(transaction=False)
-        pipe.time()
-        pipe.zrange(keys.waiting, 0, -1, withscores=True)
-        pipe.zrange(keys.learned, 0, -1, withscores=True)
-        with translated(self._client.settings.redis_url):
-            replies = await pipe.execute()
-        self._note(replies)
-
-    def _note(self, replies: Sequence[Any]) -> None:
-        (seconds, micros), waiting, learned = replies
-        self._limiter.note(seconds * 1000 + micros // 1000, waiting, learned)
-        self._look_at = asyncio.get_running_loop().time() + LOOK
-
-    def _give_back(self, leave: Leave) -> None:
-        if isinstance(leave, Grant):
-            self._limiter.settle(leave, UNUSED)
 
     # Reading -----------------------------------------------------------------------------------------------------
 
@@ -337,9 +239,7 @@ class Intake:
         """Specs by delivery. On the way: when the jobs were submitted, and what Redis knows of limits."""
         keys = self._client.keys
         pipe = self._client.redis.pipeline(transaction=False)
-        pipe.time()
-        pipe.zrange(keys.waiting, 0, -1, withscores=True)
-        pipe.zrange(keys.learned, 0, -1, withscores=True)
+        self._tickets.ask(pipe)
         for entry in entries:
             pipe.get(keys.spec(entry.job_id))
             pipe.hget(keys.state(entry.job_id), "created")
@@ -350,7 +250,7 @@ class Intake:
         for reply in replies:
             if isinstance(reply, redis.exceptions.RedisError) and "WRONGTYPE" not in str(reply):
                 raise RedisUnavailable(str(reply)) from reply
-        self._note(replies[:3])
+        self._tickets.note(replies[:3])
         specs = {}
         bodies, created = replies[3::2], replies[4::2]
         for number, (entry, body, at) in enumerate(zip(entries, bodies, created, strict=True)):

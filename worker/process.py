@@ -25,13 +25,14 @@ from millstream.settings import Settings
 from .choice import GuardedUpstream, Upstreams
 from .clerk import Clerk
 from .clocks import Ticker
-from .intake import Intake, Leave
+from .intake import Intake
 from .limiter import Limiter
 from .line import Line
 from .relay import Relay, Services
 from .repacker import Repacker
 from .rq_worker import Entry, StreamWorker
 from .sweeper import Sweeper
+from .tickets import Leave, Tickets
 from .upstream import UpstreamSettings
 from .writer import Writer
 
@@ -78,9 +79,8 @@ class Process:
             worker=worker.name,
             limiter=self._limiter,
         )
-        self._intake = Intake(
-            self._client, worker, self._clerk, settings.streams, self._begin, self._upstreams, self._limiter
-        )
+        tickets = Tickets(self._client, self._upstreams, self._limiter)
+        self._intake = Intake(self._client, worker, self._clerk, settings.streams, self._begin, tickets)
 
     async def run(self, *, burst: bool) -> bool:
         """Until a signal, or with `burst` until the lanes are empty and all has ended. False after a fault of ours."""

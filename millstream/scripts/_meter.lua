@@ -21,14 +21,14 @@ local MEASURES, WAITING, LEARNED = KEYS[9], KEYS[10], KEYS[11]
 local SLOTS, SLACK = 120, 3
 local KEPT = 86400000 -- ms: what a meter has learned about its answers
 local FIELDS = {'window', 'from', 'near', 'r', 't', 'br', 'bt', 'rn', 'tn', 'brn', 'btn', 'behind', 'streak', 'holding',
-  'rpm', 'tpm', 'streams', 'share', 'cooling', 'pace', 'paced', 'base', 'rpm_seen', 'tpm_seen', 'seen', 'mean',
+  'kept', 'rpm', 'tpm', 'streams', 'share', 'cooling', 'pace', 'paced', 'base', 'rpm_seen', 'tpm_seen', 'seen', 'mean',
   'deviation', 'samples'}
-local COUNTS = 14 -- the fields up to here change with every call
+local COUNTS = 15 -- the fields up to here change with every call
 
 local clock = call('TIME')
 local now = clock[1] * 1000 + floor(clock[2] / 1000)
 local m = {}
-local width, slot
+local width, slot, running, keep
 
 local function int(number)
   return string.format('%.0f', number)
@@ -69,9 +69,10 @@ local function open_meter(window, look)
   end
   if window and m.window ~= window then -- slots of another width say nothing
     call('DEL', USED)
-    for i = 2, COUNTS - 3 do
+    for i = 2, 11 do
       m[FIELDS[i]] = 0
     end
+    m.kept = 0
     m.window = window
   end
   width = max(1, floor(m.window / SLOTS))
@@ -79,6 +80,7 @@ local function open_meter(window, look)
   m.near = slide(m.near, slot - floor(SLOTS / 6) - SLACK, 'n', false)
   m.from = slide(m.from, slot - SLOTS - SLACK, '', not look)
   if look then
+    running = call('ZCOUNT', TICKETS, now, '+inf')
     return
   end
   -- Leases that ran out: the streams come back, what was reserved counts as used.
@@ -91,6 +93,12 @@ local function open_meter(window, look)
     call('HDEL', HELD, ticket)
     call('ZREM', TICKETS, ticket)
   end
+  running = call('ZCARD', TICKETS)
+  -- Times to live are set where a key begins, and again six times a window.
+  keep = now - m.kept >= m.window / 6
+  if keep then
+    m.kept = now
+  end
 end
 
 local function save_meter(lease)
@@ -99,9 +107,11 @@ local function save_meter(lease)
     fields[2 * i - 1], fields[2 * i] = FIELDS[i], int(m[FIELDS[i]])
   end
   call('HSET', METER, unpack(fields))
-  call('PEXPIRE', METER, KEPT)
-  call('PEXPIRE', USED, 3 * m.window)
-  if lease then
+  if keep then
+    call('PEXPIRE', METER, KEPT)
+    call('PEXPIRE', USED, 3 * m.window)
+  end
+  if lease and keep then
     call('PEXPIRE', TICKETS, lease + m.window)
     call('PEXPIRE', HELD, lease + m.window)
   end
@@ -113,8 +123,8 @@ local function count(at, lane, requests, tokens)
     return
   end
   local function add(prefix)
-    if requests ~= 0 then
-      call('HINCRBY', USED, prefix .. 'r' .. at, int(requests))
+    if requests ~= 0 and call('HINCRBY', USED, prefix .. 'r' .. at, int(requests)) == requests then
+      call('PEXPIRE', USED, 3 * m.window) -- the first of a slot
     end
     if tokens ~= 0 then
       call('HINCRBY', USED, prefix .. 't' .. at, int(tokens))
@@ -207,7 +217,7 @@ local function blocked(lane, tokens)
     why, at = 'tokens', later
   end
   if m.streams > 0 then
-    local full = call('ZCARD', TICKETS) >= m.streams or (lane == 1 and m.holding >= part(m.streams))
+    local full = running >= m.streams or (lane == 1 and m.holding >= part(m.streams))
     if full and (at or 0) < now + 2 * width then -- nobody knows when a stream ends: its settle says so
       why, at = why or 'streams', now + 2 * width
     end
@@ -229,6 +239,11 @@ local function grant(ticket, lane, tokens, lease)
   count(slot, lane, 1, tokens)
   call('HSET', HELD, ticket, lane .. ':' .. int(slot) .. ':' .. int(tokens))
   call('ZADD', TICKETS, now + lease, ticket)
+  if running == 0 then
+    call('PEXPIRE', TICKETS, lease + m.window)
+    call('PEXPIRE', HELD, lease + m.window)
+  end
+  running = running + 1
   m.holding = m.holding + lane
 end
 
@@ -237,6 +252,8 @@ local function set_limits(name, rpm, tpm, streams, share)
     m.rpm, m.tpm, m.streams, m.share = rpm, tpm, streams, share
     call('HSET', METER, 'rpm', rpm, 'tpm', tpm, 'streams', streams, 'share', share)
   end
-  call('ZADD', MEASURES, now + KEPT, name)
-  call('PEXPIRE', MEASURES, KEPT)
+  if keep then
+    call('ZADD', MEASURES, now + KEPT, name)
+    call('PEXPIRE', MEASURES, KEPT)
+  end
 end

@@ -22,8 +22,9 @@ if before and string.sub(before, 1, #id + 1) == id .. '|' then
   return {tonumber(waiting), tonumber(wait), why, granted, large}
 end
 
-local name, lease, want, jobs = ARGV[1], tonumber(ARGV[7]), tonumber(ARGV[10]), tonumber(ARGV[13])
-open_meter(tonumber(ARGV[6]))
+local name, window, lease = ARGV[1], tonumber(ARGV[6]), tonumber(ARGV[7])
+local want, jobs = tonumber(ARGV[10]), tonumber(ARGV[13])
+open_meter(window)
 set_limits(name, tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5]))
 
 local joined, large = {}, {}
@@ -40,22 +41,24 @@ for i = 1, jobs do
 end
 
 local waits = {[0] = call('ZCARD', LINES[0]), call('ZCARD', LINES[1])}
+local heads = {}
 local function head(lane)
-  if waits[lane] == 0 or not string.find(ARGV[11], lane, 1, true) then
-    return nil
+  if not heads[lane] and waits[lane] > 0 and string.find(ARGV[11], lane, 1, true) then
+    heads[lane] = call('ZRANGE', LINES[lane], 0, 0)[1]
   end
-  local member = call('ZRANGE', LINES[lane], 0, 0)[1]
-  return member, tonumber(string.match(member, '%d+$'))
+  return heads[lane]
+end
+local function tokens_of(member)
+  return tonumber(string.match(member, '%d+$'))
 end
 
 -- Requests again within an attempt go before the line; a place there lapses with its score.
 local granted, why, at, foreign = {}, '', nil, false
-call('ZREMRANGEBYSCORE', FRONT, '-inf', now)
-local front = call('ZCARD', FRONT) > 0
+local front = call('ZCOUNT', FRONT, now, '+inf') > 0
 while want > 0 do
   local chat, row = head(0), head(1)
   local lane = chat and not (row and m.streak >= 19) and 0 or 1
-  local member, tokens = head(lane)
+  local member = head(lane)
   if not member then
     foreign = waits[0] + waits[1] > 0 -- who waits is of a lane that others serve
     break
@@ -64,10 +67,11 @@ while want > 0 do
     why, at = 'requests', now + width
     break
   end
+  local tokens = tokens_of(member)
   why, at = blocked(lane, tokens)
   if why and lane == 1 and chat then -- its turn has come, its share is used up
-    lane = 0
-    member, tokens = head(lane)
+    lane, member = 0, chat
+    tokens = tokens_of(member)
     why, at = blocked(lane, tokens)
   end
   if why then
@@ -75,6 +79,7 @@ while want > 0 do
   end
   call('ZREM', LINES[lane], member)
   waits[lane] = waits[lane] - 1
+  heads[lane] = nil
   m.behind = m.behind - tokens
   m.streak = lane == 0 and row and m.streak + 1 or 0
   grant(string.match(member, '^(.*):%d+$'), lane, tokens, lease)
@@ -87,10 +92,11 @@ local wait = -1
 if waiting > 0 then
   at = at or now
   wait = max(0, at - now)
-  call('ZADD', WAITING, at, name)
-  call('PEXPIRE', WAITING, KEPT)
-  call('PEXPIRE', LINES[0], KEPT)
-  call('PEXPIRE', LINES[1], KEPT)
+  if call('ZADD', WAITING, at, name) == 1 or keep or #joined > 0 then
+    call('PEXPIRE', WAITING, KEPT)
+    call('PEXPIRE', LINES[0], KEPT)
+    call('PEXPIRE', LINES[1], KEPT)
+  end
   wait = foreign and 1000 or wait
 else
   m.behind = 0
@@ -126,5 +132,7 @@ end
 save_meter(lease)
 local reply = {waiting, wait, why or '', table.concat(granted, ' '), table.concat(large, ' ')}
 call('HSET', REPLIES, asker, id .. '|' .. int(waiting) .. '|' .. int(wait) .. '|' .. reply[3] .. '|' .. reply[4] .. '|' .. reply[5])
-call('PEXPIRE', REPLIES, 60000)
+if not before or keep then
+  call('PEXPIRE', REPLIES, max(60000, window))
+end
 return reply

@@ -32,6 +32,7 @@ if why then
   return {'wait', wait, why}
 end
 call('ZREM', FRONT, ticket)
+call('ZREMRANGEBYSCORE', FRONT, '-inf', now)
 grant(ticket, lane, tokens, lease)
 save_meter(lease)
 return {'granted', tokens}

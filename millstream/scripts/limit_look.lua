@@ -22,5 +22,5 @@ for lane = 0, 1 do
     next_due = at or now
   end
 end
-return {m.r, floor(rpm), m.t, floor(tpm), call('ZCOUNT', TICKETS, now, '+inf'), m.streams, waits[0], waits[1], m.window, now,
+return {m.r, floor(rpm), m.t, floor(tpm), running, m.streams, waits[0], waits[1], m.window, now,
   floor(next_due), m.cooling > now and m.cooling or 0, floor(m.mean)}

@@ -16,5 +16,7 @@ for i = 2, #ARGV do
   end
   call('ZADD', TICKETS, now + lease, ARGV[i])
 end
-save_meter(lease)
+call('PEXPIRE', TICKETS, lease + max(m.window, 60000))
+call('PEXPIRE', HELD, lease + max(m.window, 60000))
+save_meter()
 return lost

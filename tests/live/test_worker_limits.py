@@ -12,6 +12,7 @@ import pytest
 
 from tests.live.conftest import LEASE, World
 from tests.live.worker_process import WorkerProcess, wait_until
+from tests.oracle import end_line
 from tests.upstream import Stall, Text, WaitFor, answer, rate_limited
 
 QUICK: Final = answer(Text(3, seed=2))
@@ -96,7 +97,7 @@ def test_sixteen_processes_share_one_limit(
     wait_until(lambda: arrivals(world), "the first request")
     end = arrivals(world)[0] + windows * window
     wait_until(lambda: time.monotonic() >= end, "the windows are over", windows * window + 5)
-    world.redis.delete(*world.redis.keys("*:line:*"))
+    end_line(world.redis, world.keys, "up/scripted", "interactive")
     cancel_all(world)
     times = arrivals(world)
     counted = [at for at in times if at < end]
@@ -181,7 +182,7 @@ def test_interactive_jobs_do_not_wait_behind_a_batch(
         f"{statistics.median(beside) * 1000:.1f} ms beside {gauge.waiting['batch']} waiting rows; worst "
         f"{max(alone) * 1000:.1f} and {max(beside) * 1000:.1f}"
     )
-    world.redis.delete(world.keys.line("up/scripted", "batch"))
+    end_line(world.redis, world.keys, "up/scripted", "batch")
     cancel_all(world)
     assert statistics.median(beside) <= 2 * statistics.median(alone)
     assert max(beside) <= 2 * max(*alone, 0.05)
