@@ -80,7 +80,7 @@ local function open_meter(window, look)
   m.near = slide(m.near, slot - floor(SLOTS / 6) - SLACK, 'n', false)
   m.from = slide(m.from, slot - SLOTS - SLACK, '', not look)
   if look then
-    running = call('ZCOUNT', TICKETS, now, '+inf')
+    running = call('ZCOUNT', TICKETS, '(' .. int(now), '+inf')
     return
   end
   -- Leases that ran out: the streams come back, what was reserved counts as used.

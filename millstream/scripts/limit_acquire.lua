@@ -54,7 +54,7 @@ end
 
 -- Requests again within an attempt go before the line; a place there lapses with its score.
 local granted, why, at, foreign = {}, '', nil, false
-local front = call('ZCOUNT', FRONT, now, '+inf') > 0
+local front = call('ZCOUNT', FRONT, '(' .. int(now), '+inf') > 0
 while want > 0 do
   local chat, row = head(0), head(1)
   local lane = chat and not (row and m.streak >= 19) and 0 or 1
