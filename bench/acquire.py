@@ -11,6 +11,7 @@ from typing import Any, Final
 from millstream import AsyncClient, Settings, meters
 from millstream.calls import Call
 from millstream.keys import LANES
+from worker.line import Line
 
 from .world import world
 
@@ -44,15 +45,17 @@ def measure(*, calls: int = 4000) -> Acquire:
 
 
 async def _measure(url: str, calls: int) -> Acquire:
+    line = Line(url)  # as in a worker
     async with AsyncClient(settings=Settings(redis_url=url)) as client:
-        await client.run(_call(client, range(WAITING), want=0))
+        await line.run(_call(client, range(WAITING), want=0))
         for number in range(200):  # warm: scripts loaded, connection made
-            await client.run(_call(client, [WAITING + number], want=1))
+            await line.run(_call(client, [WAITING + number], want=1))
         began, server = time.process_time(), await _server_cpu(client.redis)
         for number in range(calls):
-            await client.run(_call(client, [2 * WAITING + number], want=1))
+            await line.run(_call(client, [2 * WAITING + number], want=1))
         spent, served = time.process_time() - began, await _server_cpu(client.redis) - server
         (gauge,) = await client.limits()
+        line.close()
     return Acquire(sum(gauge.waiting.values()), calls, spent / calls * 1e6, served / calls * 1e6)
 
 

@@ -181,7 +181,7 @@ class Intake:
     async def _serve_lines(self) -> bool:
         """Begin jobs whose turn in a line has come, own or others'. Whether there were any."""
         served = False
-        async for grants in self._tickets.due(lambda: min(self._free, BATCH)):
+        async for grants in self._tickets.due(lambda: min(self._free, BATCH), self._insist):
             served = True
             await self._turn_in([(None, delivery) for delivery in grants], grants)
         return served

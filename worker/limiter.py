@@ -31,7 +31,7 @@ AWAY: Final = 0.5
 TELL_EVERY: Final = 1 / 60
 """Of a window: how often at most one process repeats what a meter's upstream says of its counts."""
 
-FRESH: Final = 2 / 3
+FRESH: Final = 1 / 2
 """Of the slack: the age at which a ticket that was not used yet is given back, which leaves the rest for the request's
 way to the upstream."""
 

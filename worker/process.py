@@ -57,13 +57,14 @@ class Process:
         self._running: dict[asyncio.Task[str], tuple[Entry, Relay]] = {}
         self._client = AsyncClient(settings=settings)
         self._line = Line(settings.redis_url)
+        self._limits_line = Line(settings.redis_url)  # of its own: what is written does not wait for limits
         self._clerk = Clerk(worker)
         connections, patience = settings.streams + 16, settings.connect_timeout
         guarded = [GuardedUpstream(each, connections=connections, connect_timeout=patience) for each in upstreams]
         self._upstreams = Upstreams(guarded)
         queues = {lane: settings.keys.queue(lane) for lane in LANES}
         self._limiter = Limiter(
-            self._client.run, settings.keys, lease=settings.lease, asker=worker.name, upstreams=guarded,
+            self._limits_line.run, settings.keys, lease=settings.lease, asker=worker.name, upstreams=guarded,
             lanes=[lane for lane, queue in queues.items() if queue in worker.queue_names()],
             intermediate=[worker.intermediate_of(queue) for queue in queues.values()],
         )  # fmt: skip
@@ -112,6 +113,7 @@ class Process:
             await self._upstreams.close()
             await self._client.close()
             self._line.close()
+            self._limits_line.close()
         log.info("worker.stopped", worker=self._worker.name)
         return not self._broken
 

@@ -16,9 +16,10 @@ from typing import Any, Final, Protocol, TypeVar
 import structlog
 
 from millstream.async_client import AsyncClient
+from millstream.calls import Call
 from millstream.errors import SpecError
 from millstream.job import Spec
-from millstream.meters import UNUSED, Meter, Place
+from millstream.meters import UNUSED, Acquired, Meter, Place
 from millstream.redis_door import translated
 
 from .choice import PATIENCE, Upstreams, preferred
@@ -106,14 +107,14 @@ class Tickets:
 
     # Tickets -----------------------------------------------------------------------------------------------------
 
-    async def due(self, free: Callable[[], int]) -> AsyncIterator[dict[str, Grant]]:
+    async def due(self, free: Callable[[], int], insist: Insist) -> AsyncIterator[dict[str, Grant]]:
         """Grants by delivery, of the lines whose time has come, at most as many as there are slots `free`."""
         self._limiter.freed.clear()
         if asyncio.get_running_loop().time() >= self._look_at:
             await self._look()
         for meter in self._limiter.due():
             if free() > 0:
-                _, grants = await self._limiter.take(meter, self._limiter.acquire(meter, (), free()))
+                _, grants = await self._take(meter, self._limiter.acquire(meter, (), free()), insist)
                 if grants:
                     yield grants
 
@@ -149,7 +150,7 @@ class Tickets:
         self, meter: Meter, group: Sequence[Entry], specs: Specs, want: int, insist: Insist, admitted: Admitted
     ) -> None:
         call = self._limiter.acquire(meter, [self._place(entry, specs) for entry in group], want)
-        found, grants = await insist(lambda: self._limiter.take(meter, call))
+        found, grants = await self._take(meter, call, insist)
         asked = {entry.rq_job.id for entry in group}
         leaves: dict[str, Leave] = {delivery: grant for delivery, grant in grants.items() if delivery in asked}
         for delivery, tokens in found.too_large.items():
@@ -160,6 +161,10 @@ class Tickets:
             admitted.others.append(others)
         if left := len(asked) - len(leaves):
             log.info("limits.in_line", meter=meter.name, jobs=left, waiting=found.waiting, because=found.because)
+
+    async def _take(self, meter: Meter, call: Call[Acquired], insist: Insist) -> tuple[Acquired, dict[str, Grant]]:
+        """The same call until it is answered: only so its tickets are not lost with a reply."""
+        return await insist(lambda: self._limiter.take(meter, call))
 
     def _place(self, entry: Entry, specs: Specs) -> Place:
         spec = specs[entry.rq_job.id]

@@ -27,7 +27,7 @@ local COUNTS = 15 -- the fields up to here change with every call
 
 local clock = call('TIME')
 local now = clock[1] * 1000 + floor(clock[2] / 1000)
-local m = {}
+local m, read = {}, {}
 local width, slot, running, keep
 
 local function int(number)
@@ -65,7 +65,8 @@ end
 local function open_meter(window, look)
   local found = call('HMGET', METER, unpack(FIELDS))
   for i, name in ipairs(FIELDS) do
-    m[name] = tonumber(found[i] or 0)
+    local value = tonumber(found[i] or 0)
+    m[name], read[name] = value, value
   end
   if window and m.window ~= window then -- slots of another width say nothing
     call('DEL', USED)
@@ -102,11 +103,17 @@ local function open_meter(window, look)
 end
 
 local function save_meter(lease)
-  local fields = {}
+  local changed, n = {}, 0
   for i = 1, COUNTS do
-    fields[2 * i - 1], fields[2 * i] = FIELDS[i], int(m[FIELDS[i]])
+    local name = FIELDS[i]
+    if m[name] ~= read[name] then
+      changed[n + 1], changed[n + 2] = name, int(m[name])
+      n = n + 2
+    end
   end
-  call('HSET', METER, unpack(fields))
+  if n > 0 then
+    call('HSET', METER, unpack(changed))
+  end
   if keep then
     call('PEXPIRE', METER, KEPT)
     call('PEXPIRE', USED, 3 * m.window)

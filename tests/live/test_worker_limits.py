@@ -10,12 +10,17 @@ from typing import Any, Final
 
 import pytest
 
+from millstream.meters import Limits, Meter, learn
 from tests.live.conftest import LEASE, World
 from tests.live.worker_process import WorkerProcess, wait_until
 from tests.oracle import end_line
 from tests.upstream import Stall, Text, WaitFor, answer, rate_limited
 
-QUICK: Final = answer(Text(3, seed=2))
+SLOTS: Final = 120
+SPREAD: Final = 0.5
+"""Slots of a window; seconds over which the requests of one slot may reach the upstream on two busy cores."""
+
+QUICK: Final = answer(Text(3, seed=2), usage=True)
 
 
 @pytest.fixture
@@ -37,6 +42,11 @@ def limited(world: World, tmp_path: Path) -> Callable[[str], World]:
         return world
 
     return write
+
+
+def in_lines(world: World) -> int:
+    """How many jobs wait for a limit."""
+    return sum(sum(gauge.waiting.values()) for gauge in world.client.limits())
 
 
 def start_many(world: World, count: int) -> list[WorkerProcess]:
@@ -89,14 +99,18 @@ def test_sixteen_processes_share_one_limit(
     """By the upstream's own count no window holds more than the limit, no sixth more than a quarter, and the windows
     under demand hold at least 95 % of it. Nobody is overtaken by more than the jobs of one slot.
     """
-    window = 60.0 if soak else 12.0
-    rpm, windows = 240, 3 if soak else 2
+    window, windows = (60.0, 3.0) if soak else (24.0, 1.5)
+    rpm, meter = 240, Meter("up", "scripted", Limits(window=window))
     world = limited(f"rpm = {rpm}\nwindow = {window:g}")
     start_many(world, 16)
-    submit_many(world, [str(number) for number in range(rpm * (windows + 1))])
+    world.client.run(learn(world.keys, meter, cool=60))
+    submit_many(world, [str(number) for number in range(int(rpm * (windows + 1)))])
+    wait_until(lambda: in_lines(world) == rpm * (windows + 1), "all of them are in line")
+    world.redis.hset(world.keys.meter(meter.name)[0], "cooling", 0)
     wait_until(lambda: arrivals(world), "the first request")
     end = arrivals(world)[0] + windows * window
-    wait_until(lambda: time.monotonic() >= end, "the windows are over", windows * window + 5)
+    while time.monotonic() < end:  # not to be in the upstream's way: it counts in this process
+        time.sleep(0.2)
     end_line(world.redis, world.keys, "up/scripted", "interactive")
     cancel_all(world)
     times = arrivals(world)
@@ -111,7 +125,7 @@ def test_sixteen_processes_share_one_limit(
     assert worst <= rpm
     assert sixth <= rpm // 4
     assert used >= 0.95
-    assert late <= window / 120 + 0.5
+    assert late <= window / SLOTS + SPREAD
 
 
 def overtaken(world: World) -> float:
@@ -185,7 +199,7 @@ def test_interactive_jobs_do_not_wait_behind_a_batch(
     end_line(world.redis, world.keys, "up/scripted", "batch")
     cancel_all(world)
     assert statistics.median(beside) <= 2 * statistics.median(alone)
-    assert max(beside) <= 2 * max(*alone, 0.05)
+    assert max(beside) <= 2 * max(*alone, 0.1)
 
 
 def test_a_429_seen_by_one_worker_keeps_all_others_away(world: World, say: Callable[[str], None]) -> None:
@@ -194,7 +208,9 @@ def test_a_429_seen_by_one_worker_keeps_all_others_away(world: World, say: Calla
     world.upstream.on(QUICK)
     world.upstream.on(rate_limited({"retry-after": "5"}), QUICK, prompt="first")
     world.submit("first")
-    refused = asked(world, "first")
+    asked(world, "first")
+    wait_until(lambda: world.upstream.requests_for("first")[0].ended_at, "the refusal is out")
+    refused = world.upstream.requests_for("first")[0].ended_at or 0.0
     others: list[str] = []
     while time.monotonic() < refused + 5:
         others.append(world.submit(f"other {len(others)}"))
