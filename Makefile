@@ -47,8 +47,8 @@ bench: install ## the naive baseline and Millstream side by side, with the curve
 bench-quick: install ## the ratios for 50 and 200 streams, under a minute
 	$(python) -m bench --quick $(ARGS)
 
-soak: install ## the long round of the fault suite
-	$(python) -m pytest tests/faults --soak $(ARGS)
+soak: install ## the long rounds of the fault suite and of the simulation
+	$(python) -m pytest $(wildcard tests/faults) tests/simulation tests/mutations --soak $(ARGS)
 
 # The image's lock, everybody's lock, and the model, whose own dependencies would compile a second inference engine.
 # No upgrade by itself: ARGS=--upgrade, or ARGS="--upgrade-package redis".

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
 
 from .delivery import QUEUES_KEY, deliver
-from .errors import JobExists, JobNotFound, MillstreamError
+from .errors import JobExists, JobNotFound, MillstreamError, RedisUnavailable
 from .job import Spec
 from .keys import Keys
 from .scripts import Script, load
@@ -71,6 +71,12 @@ def submit(keys: Keys, settings: Settings, job_id: str, spec: Spec) -> Call[bool
     def decode(reply: Sequence[bytes]) -> bool:
         if reply[0] == b"conflict":
             raise JobExists(job_id)
+        if reply[0] == b"full":
+            raise RedisUnavailable(
+                f"Redis is full: {int(reply[1]):,} bytes of its maxmemory of {int(reply[2]):,} are used, and the last "
+                "tenth is kept for the jobs it has; nothing was accepted: wait for ended jobs to expire, "
+                "or give it more memory"
+            )
         return reply[0] == b"created"
 
     return Call("submit", names, args, decode)

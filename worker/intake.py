@@ -32,6 +32,7 @@ from .clerk import Clerk
 from .limiter import Grant
 from .rq_worker import Entry, PoisonError, StreamWorker
 from .tickets import Leave, Tickets
+from .turns import COSTLY
 
 BATCH: Final = 50
 PEEK: Final = 2.0
@@ -257,6 +258,8 @@ class Intake:
             # Jobs of one millisecond keep the order of their lane.
             entry.since = (float(at) if isinstance(at, bytes) and at.isdigit() else 0.0) + number / 1000
             specs[entry.rq_job.id] = _spec(body)
+            if isinstance(body, bytes) and len(body) >= COSTLY:
+                await asyncio.sleep(0)  # parsing takes up to 70 ms, and there are others on the loop
         return specs
 
 

@@ -34,6 +34,7 @@ from .clocks import Ticker
 from .limiter import Grant, Limiter, TooLarge
 from .outbox import Outbox
 from .retries import HandBack, persist
+from .turns import Turns
 from .upstream import UpstreamFailure, Verdict
 from .writer import Run, Writer
 
@@ -52,6 +53,7 @@ class Services:
     settings: Settings
     writer: Writer
     ticker: Ticker
+    turns: Turns
     upstreams: Upstreams
     worker: str
     limiter: Limiter | None = None
@@ -71,7 +73,9 @@ class Relay:
         self._spec = spec if isinstance(spec, Spec) else Spec(model="", messages=[])
         self._claim = claim
         self._outbox = Outbox(job_id, services.keys.written(job_id), token, claim.attempt, claim.seq, self._interrupt)
-        self._means = Means(services.settings, services.writer, services.ticker, services.worker, services.limiter)
+        self._means = Means(
+            services.settings, services.writer, services.ticker, services.turns, services.worker, services.limiter
+        )
         self._attempt = self._begin(again=False, grant=leave if isinstance(leave, Grant) else None)
         self._stopped: str | None = None
         self._task: asyncio.Task[Any] | None = None

@@ -11,10 +11,10 @@ from typing import Any, Final
 import pytest
 
 from millstream.meters import Limits, Meter, learn
-from tests.live.conftest import LEASE, World
-from tests.live.worker_process import WorkerProcess, wait_until
 from tests.oracle import end_line
 from tests.upstream import Stall, Text, WaitFor, answer, rate_limited
+from tests.worker_process import WorkerProcess, wait_until
+from tests.world import LEASE, World
 
 SLOTS: Final = 120
 SPREAD: Final = 0.5
