@@ -149,6 +149,7 @@ class Intake:
         entries = await self._insist(lambda: self._read(taken))
         leaves: dict[str, Leave] = dict(grants or {})
         if entries:
+            # Before the claim: to parse many large specs takes seconds, in which nobody would renew the leases.
             specs = await self._insist(lambda: self._specs(entries))
             if grants is None:
                 admitted = await self._tickets.admit(entries, specs, self._free, self._insist)
