@@ -125,6 +125,12 @@ def check_keys(redis: Any, keys: Keys) -> None:
     assert not stray, f"keys without a TTL: {sorted(stray)}"
 
 
+def end_cool_down(redis: Any, keys: Keys, meter: str) -> None:
+    """As if its time had come."""
+    redis.hset(keys.meter(meter)[0], "cooling", 0)
+    redis.zadd(keys.waiting, {meter: 0})
+
+
 def end_line(redis: Any, keys: Keys, meter: str, lane: str) -> None:
     """Take everybody out of a line: their deliveries are gone, as they would be once they were worked off."""
     line = keys.line(meter, lane)

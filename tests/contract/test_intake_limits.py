@@ -17,7 +17,7 @@ from millstream.events import compact
 from millstream.job import Spec
 from millstream.meters import Limits, Meter, learn
 from millstream.redis_door import connect
-from tests.oracle import end_line
+from tests.oracle import end_cool_down, end_line
 from worker.choice import GuardedUpstream, Upstreams
 from worker.clerk import Clerk
 from worker.intake import Intake
@@ -139,7 +139,7 @@ async def test_the_line_is_served_in_order_by_all(client: Client, settings: Sett
     submit(client, 60, model="m")
     async with fleet(settings, limits, workers=3) as (_, started):
         await until(lambda: client.limits()[0].waiting["interactive"] == 60)
-        client.redis.hset(client.keys.meter("up/m")[0], "cooling", 0)
+        end_cool_down(client.redis, client.keys, "up/m")
         await until(lambda: len(started) == 60)
     assert all(isinstance(leave, Grant) for _, _, leave in started)
     order = [int(job_id.partition("-")[2]) for _, job_id, _ in started]

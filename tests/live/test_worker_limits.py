@@ -11,7 +11,7 @@ from typing import Any, Final
 import pytest
 
 from millstream.meters import Limits, Meter, learn
-from tests.oracle import end_line
+from tests.oracle import end_cool_down, end_line
 from tests.upstream import Stall, Text, WaitFor, answer, rate_limited
 from tests.worker_process import WorkerProcess, wait_until
 from tests.world import LEASE, World
@@ -106,7 +106,7 @@ def test_sixteen_processes_share_one_limit(
     world.client.run(learn(world.keys, meter, cool=60))
     submit_many(world, [str(number) for number in range(int(rpm * (windows + 1)))])
     wait_until(lambda: in_lines(world) == rpm * (windows + 1), "all of them are in line")
-    world.redis.hset(world.keys.meter(meter.name)[0], "cooling", 0)
+    end_cool_down(world.redis, world.keys, meter.name)
     wait_until(lambda: arrivals(world), "the first request")
     end = arrivals(world)[0] + windows * window
     while time.monotonic() < end:  # not to be in the upstream's way: it counts in this process
