@@ -80,7 +80,7 @@ class Replica:
     def hget(self, *_args: Any) -> None:
         self.lines = True
 
-    async def execute(self) -> list[Any]:
+    async def execute(self, **_options: Any) -> list[Any]:
         lines, self.lines = self.lines, False
         return [None] if lines else [(2, 0), [(b"j", 1.0)]]
 
