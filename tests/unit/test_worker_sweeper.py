@@ -70,6 +70,9 @@ class Replica:
             self.swept_at.set_result(now)
         return []
 
+    async def run_many(self, _calls: Any) -> list[Any]:
+        return []
+
     def pipeline(self, *, transaction: bool) -> Replica:
         return self
 
