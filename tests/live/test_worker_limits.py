@@ -10,15 +10,11 @@ from typing import Any, Final
 
 import pytest
 
-from millstream.meters import Limits, Meter, learn
+from millstream.meters import SLACK, Limits, Meter, learn
 from tests.oracle import end_cool_down, end_line
 from tests.upstream import Stall, Text, WaitFor, answer, rate_limited
 from tests.worker_process import WorkerProcess, wait_until
 from tests.world import LEASE, World
-
-SLOTS: Final = 120
-SPREAD: Final = 0.5
-"""Slots of a window; seconds over which the requests of one slot may reach the upstream on two busy cores."""
 
 QUICK: Final = answer(Text(3, seed=2), usage=True)
 
@@ -97,7 +93,7 @@ def test_sixteen_processes_share_one_limit(
     limited: Callable[[str], World], soak: bool, say: Callable[[str], None]
 ) -> None:
     """By the upstream's own count no window holds more than the limit, no sixth more than a quarter, and the windows
-    under demand hold at least 95 % of it. Nobody is overtaken by more than the jobs of one slot.
+    under demand hold at least 95 % of it. Nobody is overtaken by more than tickets may be late.
     """
     window, windows = (60.0, 3.0) if soak else (24.0, 1.5)
     rpm, meter = 240, Meter("up", "scripted", Limits(window=window))
@@ -125,7 +121,8 @@ def test_sixteen_processes_share_one_limit(
     assert worst <= rpm
     assert sixth <= rpm // 4
     assert used >= 0.95
-    assert late <= window / SLOTS + SPREAD
+    # Tickets are given in order; one is used within the slack or asked for again, before the line, which takes once more.
+    assert late <= 2 * SLACK * window
 
 
 def overtaken(world: World) -> float:
