@@ -121,7 +121,7 @@ def test_sixteen_processes_share_one_limit(
     assert worst <= rpm
     assert sixth <= rpm // 4
     assert used >= 0.95
-    # Tickets are given in order; one is used within the slack or asked for again, before the line, which takes once more.
+    # Tickets are given in order; one is used within the slack, or asked for again before the line: as long once more.
     assert late <= 2 * SLACK * window
 
 
