@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 import redis
 
-from . import big_answer, first_chunk, log_memory, per_job, steady
+from . import acquire, big_answer, first_chunk, log_memory, per_job, steady
+from .acquire import Acquire
 from .big_answer import BigAnswer
 from .first_chunk import FirstChunk
 from .log_memory import LogMemory
@@ -57,6 +58,7 @@ class Results:
     per_job: dict[str, PerJob] = field(default_factory=dict)
     big_answer: BigAnswer | None = None
     log_memory: LogMemory | None = None
+    acquire: Acquire | None = None
     failures: dict[str, str] = field(default_factory=dict)
     rounds: int = 0
     seconds: float = 0.0
@@ -119,5 +121,6 @@ def _singles(results: Results) -> None:
     for name, few, many in (("product", 200, 2200), ("naive", 20, 220), ("floor", 200, 2200)):
         if job := _try(results, f"per job, {name}", partial(per_job.measure, name, few, many)):
             results.per_job[name] = job
+    results.acquire = _try(results, "acquire", acquire.measure)
     results.log_memory = _try(results, "log memory", log_memory.measure)
     results.big_answer = _try(results, "100 MB answer", big_answer.measure)

@@ -39,6 +39,7 @@ def table(results: Results) -> list[Row]:
         _big_answer(results),
         _valkey(results),
         *_log(results),
+        _acquire(results),
         _floor(results),
         _jobs_per_second(results),
         _sound(results),
@@ -183,6 +184,14 @@ def _log(results: Results) -> list[Row]:
         Row(live, "-", packed, "at most 48 B", found.live_per_event <= 48),
         Row(after, "-", kept, allowed, found.after_bytes <= found.allowed_after),
     ]
+
+
+def _acquire(results: Results) -> Row:
+    what, budget, found = "one acquire of the limiter at 1,000 waiting jobs, CPU", 250, results.acquire
+    if not found:
+        return _missing(what, f"at most {budget} us")
+    text = f"{found.both_us:.0f} us: {found.client_us:.0f} client, {found.valkey_us:.0f} Valkey"
+    return Row(what, "-", text, f"at most {budget} us", found.both_us <= budget)
 
 
 def _floor(results: Results) -> Row:

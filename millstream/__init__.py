@@ -28,6 +28,7 @@ from .errors import (
     SpecError,
 )
 from .events import Cancelled, Chunk, Completed, Event, Failed, Incomplete, Resumed, Retrying, Started
+from .meters import Gauge
 from .result import Ended, Job, Result
 from .settings import Settings
 from .status import Status
@@ -40,10 +41,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "AsyncClient", "Cancelled", "Chunk", "Client", "Completed", "Ended", "Event", "Failed", "Incomplete", "Job",
-    "JobCancelled", "JobError", "JobExists", "JobExpired", "JobFailed", "JobNotFound", "LogRewound", "MillstreamError",
-    "RedisUnavailable", "Result", "ResultTimeout", "Resumed", "Retrying", "Settings", "SettingsError", "SpecError",
-    "Started", "Status", "Transcript",
+    "AsyncClient", "Cancelled", "Chunk", "Client", "Completed", "Ended", "Event", "Failed", "Gauge", "Incomplete",
+    "Job", "JobCancelled", "JobError", "JobExists", "JobExpired", "JobFailed", "JobNotFound", "LogRewound",
+    "MillstreamError", "RedisUnavailable", "Result", "ResultTimeout", "Resumed", "Retrying", "Settings",
+    "SettingsError", "SpecError", "Started", "Status", "Transcript",
 ]  # fmt: skip
 
 if not TYPE_CHECKING:  # a type checker sees the imports above, and so still knows which names there are

@@ -207,15 +207,17 @@ def _decode_append(reply: Sequence[Sequence[Any]]) -> list[tuple[str, int, str]]
 
 
 def sweep(
-    keys: Keys, lease: float, job_ids: Sequence[str], oldest: Mapping[str, int | None]
-) -> Call[list[tuple[str, ...]]]:
-    """Find the due jobs nobody works on. `oldest`: by lane, when its oldest waiting delivery was submitted (ms).
+    keys: Keys, lease: float, job_ids: Sequence[str], oldest: Mapping[str, int | None],
+    lines: Mapping[str, str] | None = None,
+) -> Call[list[tuple[str, ...]]]:  # fmt: skip
+    """Find the due jobs nobody works on. `oldest`: by lane, when its oldest waiting delivery was submitted (ms);
+    `lines`: by job, the key of the line its state names.
 
     The value is a list of (job id, lane, why).
     """
     names = [keys.open, keys.ended, keys.repack]
     for job_id in job_ids:
-        names += (keys.state(job_id), keys.log(job_id), keys.spec(job_id))
+        names += (keys.state(job_id), keys.log(job_id), keys.spec(job_id), (lines or {}).get(job_id, keys.waiting))
     args: list[Any] = [milliseconds(lease), patience_ms(lease), len(oldest)]
     for lane, at in oldest.items():
         args += (lane, "" if at is None else at)

@@ -13,10 +13,11 @@ import redis
 from redis.client import PubSub
 from redis.exceptions import NoScriptError
 
-from . import calls, job, reading, status
+from . import calls, job, meters, reading, status
 from .calls import Call, T
 from .errors import JobNotFound, RedisUnavailable
 from .events import Event
+from .meters import Gauge
 from .reading import LISTEN, OUTAGE, RECONNECT, Following, Reading
 from .redis_door import COMMAND_TIMEOUT, connect, translated
 from .result import Ended, Job, Narrator, OnContent, OnRestart, Result, outcome, raise_for_end
@@ -129,6 +130,13 @@ class Client:
             if len(found) >= limit:
                 break
         return found[:limit]
+
+    def limits(self) -> Sequence[Gauge]:
+        """The meters of all upstreams and models that workers limit or were limited by, as they are now."""
+        with translated(self._url):
+            names = [each.decode() for each in self.redis.zrange(self.keys.meters, 0, -1)]
+        found = self.run_many([meters.look(self.keys, name) for name in sorted(names)])
+        return [each for each in found if each is not None]
 
     def follow(self, job_id: str, after: int = 0) -> Iterator[Event]:
         """Every event with a seq above `after`, in order, each once, up to the terminal one.

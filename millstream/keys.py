@@ -10,6 +10,16 @@
 | `P:{JOB}:log:building`  | STREAM               | the same events in large packs, until it replaces the log |
 | `P:repack`              | ZSET                 | ended jobs whose log is still in small packs            |
 | `P:ended`               | STREAM, and PUB/SUB  | id and status of every job that ended                   |
+| `P:limit:meters`        | ZSET                 | names of meters (UPSTREAM/MODEL), by when they are forgotten |
+| `P:limit:waiting`       | ZSET                 | meters with a line, by when their next job is due       |
+| `P:limit:learned`       | ZSET                 | meters an upstream has limited or cools, by until when  |
+| `P:limit:METER:meter`   | HASH                 | limits, counts in the window, cool-down, what was learned |
+| `P:limit:METER:used`    | HASH                 | requests and tokens by slot of the window               |
+| `P:limit:METER:tickets` | ZSET                 | tickets of running requests, by when their lease ends   |
+| `P:limit:METER:held`    | HASH                 | ticket: lane, slot, tokens reserved                     |
+| `P:limit:METER:line:LANE` | ZSET               | deliveries that wait for the limit, by when they were submitted |
+| `P:limit:METER:front`   | ZSET                 | requests of running jobs that wait, by when they lapse |
+| `P:limit:METER:replies` | HASH                 | the last answer to each worker                          |
 | `P-LANE`                | RQ queue             | deliveries: RQ jobs named `JOB-NONCE`                   |
 
 `P` is the prefix, `millstream` unless `MILLSTREAM_PREFIX` says otherwise.
@@ -61,6 +71,33 @@ class Keys:
     @property
     def ended(self) -> str:
         return f"{self.prefix}:ended"
+
+    @property
+    def limit(self) -> bytes:
+        """How every name of the limiter begins, as it is read from Redis."""
+        return f"{self.prefix}:limit:".encode()
+
+    @property
+    def meters(self) -> str:
+        return f"{self.prefix}:limit:meters"
+
+    @property
+    def waiting(self) -> str:
+        return f"{self.prefix}:limit:waiting"
+
+    @property
+    def learned(self) -> str:
+        return f"{self.prefix}:limit:learned"
+
+    def line(self, meter: str, lane: str) -> str:
+        return f"{self.prefix}:limit:{meter}:line:{lane}"
+
+    def meter(self, name: str) -> list[str]:
+        """What every script of the limiter touches, in the order of `_meter.lua`."""
+        own = [f"{self.prefix}:limit:{name}:{part}" for part in ("meter", "used", "tickets", "held")]
+        lines = [self.line(name, lane) for lane in LANES]
+        more = [f"{self.prefix}:limit:{name}:{part}" for part in ("front", "replies")]
+        return [*own, *lines, *more, self.meters, self.waiting, self.learned]
 
     def queue(self, lane: str) -> str:
         """The RQ queue's name (RQ adds its own `rq:queue:` in front)."""

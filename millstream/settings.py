@@ -111,6 +111,24 @@ class Settings:
         PREFIX_VARIABLE + "MAX_ATTEMPTS", _whole(1, 100), 3, "broken or lost attempts until a job fails"
     )
     retries: int = _setting(PREFIX_VARIABLE + "RETRIES", _whole(0, 100), 5, "requests again within an attempt")
+    rpm: int | None = _setting(
+        PREFIX_VARIABLE + "RPM", _whole(1, 10**9), None, "requests a minute and model, of all workers; unset: no limit"
+    )
+    tpm: int | None = _setting(
+        PREFIX_VARIABLE + "TPM", _whole(1, 10**12), None, "tokens a minute and model, of all workers; unset: no limit"
+    )
+    max_streams: int | None = _setting(
+        PREFIX_VARIABLE + "MAX_STREAMS",
+        _whole(1, 10**6),
+        None,
+        "streams at once and model, of all workers; unset: no limit",
+    )
+    interactive_share: float = _setting(
+        PREFIX_VARIABLE + "INTERACTIVE_SHARE",
+        _number(0, 0.9, "a part"),
+        0.1,
+        "of every limit, what batch leaves to interactive",
+    )
     retention: float = _setting(
         PREFIX_VARIABLE + "RETENTION", _number(1, 30 * 86400, "seconds"), 3600.0, "how long an ended job is kept"
     )

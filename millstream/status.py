@@ -55,7 +55,7 @@ def from_hash(job_id: str, fields: Mapping[bytes, bytes], metadata: dict[str, st
 
     wait = parsed(b"wait")
     if wait is not None or fields.get(b"not_before"):
-        wait = {**(wait or {}), "until": seconds(b"not_before")}
+        wait = {**(wait or {}), "until": seconds(b"not_before") or seconds(b"until")}
     return Status(
         id=job_id,
         status=fields[b"status"].decode(),

@@ -24,6 +24,7 @@ COMMANDS: Final = {
     "result": ("answers", "result"),
     "cancel": ("answers", "cancel"),
     "forget": ("answers", "forget"),
+    "limits": ("limits", "run"),
 }
 """Where each command is: a module of this room and a function in it. Imported when called, for a fast `--help`."""
 

@@ -47,6 +47,7 @@ def build(prog: str) -> Parser:
     _one_id(command("cancel", "end a job now; prints the status it has then"))
     _list(command("list", "list open jobs, then ended ones with the newest first"))
     _one_id(command("forget", "let Redis drop an ended job in a minute"))
+    _limits(command("limits", "print what is in use of each limit, who waits for it and until when"))
     return parser
 
 
@@ -101,6 +102,10 @@ def _result(parser: Parser) -> None:
 def _list(parser: Parser) -> None:
     parser.add_argument("--state", choices=STATES, metavar="S", help=", ".join(STATES))
     parser.add_argument("--limit", type=_limit, metavar="N", default=100, help="at most so many (default 100)")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+
+
+def _limits(parser: Parser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
 
 

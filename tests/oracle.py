@@ -112,13 +112,30 @@ def check_keys(redis: Any, keys: Keys) -> None:
     still_open = {job_id.decode() for job_id in redis.zrange(keys.open, 0, -1)}
     waiting = {
         rq_id.decode() for name in redis.scan_iter("rq:queue:*", _type="list") for rq_id in redis.lrange(name, 0, -1)
-    }
+    } | {
+        member.decode().rpartition(":")[0]  # in the line of a limit
+        for name in redis.scan_iter(f"{keys.prefix}:limit:*:line:*", _type="zset")
+        for member in redis.zrange(name, 0, -1)
+    }  # fmt: skip
     stray = [
         name
         for name in map(bytes.decode, redis.scan_iter("*"))
         if redis.ttl(name) == -1 and not _may_stay(name, keys, still_open, waiting)
     ]
     assert not stray, f"keys without a TTL: {sorted(stray)}"
+
+
+def end_cool_down(redis: Any, keys: Keys, meter: str) -> None:
+    """As if its time had come."""
+    redis.hset(keys.meter(meter)[0], "cooling", 0)
+    redis.zadd(keys.waiting, {meter: 0})
+
+
+def end_line(redis: Any, keys: Keys, meter: str, lane: str) -> None:
+    """Take everybody out of a line: their deliveries are gone, as they would be once they were worked off."""
+    line = keys.line(meter, lane)
+    members = [member.decode().rpartition(":")[0] for member in redis.zrange(line, 0, -1)]
+    redis.delete(line, *(f"rq:job:{delivery}" for delivery in members))
 
 
 def _may_stay(name: str, keys: Keys, still_open: set[str], waiting: set[str]) -> bool:

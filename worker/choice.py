@@ -45,6 +45,11 @@ class Upstreams:
             await each.close()
 
 
+def preferred(serving: Sequence[GuardedUpstream]) -> Sequence[GuardedUpstream]:
+    """Those whose breaker is closed; all of them when none is."""
+    return [each for each in serving if not each.guard.open] or serving
+
+
 def admit(serving: Sequence[GuardedUpstream], model: str, *, again: bool) -> tuple[GuardedUpstream, Ticket] | Held:
     """Leave to ask one of these now, or the shortest wait. A breaker that is open, or a long wait, passes on."""
     shortest: Held | None = None

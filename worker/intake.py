@@ -1,8 +1,11 @@
 """Takes deliveries from the lanes, as many as there are free slots, and turns them into claimed jobs.
 
-    queue ──take──> intermediate list ──read──> entry ──claim──> relay
-                                          │                 └ busy, closed, unknown: the delivery is done with
+    queue ──take──> intermediate list ──read──> entry ──(ticket)──> claim──> relay
+                                          │        │           └ busy, closed, unknown: the delivery is done with
+                                          │        └ no ticket now: it waits in its meter's line, which holds no slot
                                           └ poison: put aside with its reason
+
+Where a limit is set, the ticket comes before the claim, and from the first of the line, whoever put it there.
 
 While idle it waits with `BLMOVE queue queue LEFT LEFT`, which moves the head onto itself: it blocks until there is
 something and takes nothing, so that nothing can be lost in a reply, however the wait ends.
@@ -12,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 import redis.exceptions
@@ -26,7 +29,9 @@ from millstream.job import Spec, parse
 from millstream.redis_door import translated
 
 from .clerk import Clerk
+from .limiter import Grant
 from .rq_worker import Entry, PoisonError, StreamWorker
+from .tickets import Leave, Tickets
 from .turns import COSTLY
 
 BATCH: Final = 50
@@ -39,18 +44,22 @@ AWAY: Final = 0.5
 
 log = structlog.get_logger()
 
-Begin = Callable[[Entry, Spec | SpecError, str, Claim], None]
+Begin = Callable[[Entry, Spec | SpecError, str, Claim, Leave], None]
 T = TypeVar("T")
 
 
 class Intake:
     """The way in. `begin` is called for each job that was claimed."""
 
-    def __init__(self, client: AsyncClient, worker: StreamWorker, clerk: Clerk, slots: int, begin: Begin) -> None:
+    def __init__(
+        self, client: AsyncClient, worker: StreamWorker, clerk: Clerk, slots: int, begin: Begin,
+        tickets: Tickets,
+    ) -> None:  # fmt: skip
         self._client = client
         self._worker = worker
         self._clerk = clerk
         self._begin = begin
+        self._tickets = tickets
         self._free = slots
         self._freed = asyncio.Event()
         self._away = False
@@ -81,9 +90,11 @@ class Intake:
                     self._away = False
                     if taken:
                         await self._turn_in(taken)
-                    elif burst:
-                        return
-                    else:
+                    if taken is not None and await self._serve_lines():
+                        continue
+                    if not taken:
+                        if burst and taken is not None and not self._tickets.lines:
+                            return
                         await self._wait(stop, suspended=taken is None)
                 except RedisUnavailable as error:
                     await self._while_away(error)
@@ -98,9 +109,14 @@ class Intake:
         for key in self._worker.queue_keys():
             if key not in self._peeks:
                 self._peeks[key] = asyncio.create_task(self._peek(key))
-        done, _ = await asyncio.wait([stop, *self._peeks.values()], return_when=asyncio.FIRST_COMPLETED)
+        moves = asyncio.create_task(self._tickets.moves())
+        try:
+            waits = [stop, moves, *self._peeks.values()]
+            done, _ = await asyncio.wait(waits, timeout=self._tickets.patience(), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            moves.cancel()
         self._peeks = {key: peek for key, peek in self._peeks.items() if peek not in done}
-        for failure in [each.exception() for each in done]:
+        for failure in [each.exception() for each in done if each is not moves]:
             if failure is not None:
                 raise failure
 
@@ -126,28 +142,55 @@ class Intake:
         self._away = True
         await asyncio.sleep(AWAY)
 
-    async def _turn_in(self, taken: Sequence[tuple[int, str]]) -> None:
+    async def _turn_in(
+        self, taken: Sequence[tuple[int | None, str]], grants: Mapping[str, Grant] | None = None
+    ) -> None:
+        """Deliveries become running jobs; `grants`: the tickets of those that come from a line."""
         entries = await self._insist(lambda: self._read(taken))
+        leaves: dict[str, Leave] = dict(grants or {})
+        if entries:
+            # Before the claim: to parse many large specs takes seconds, in which nobody would renew the leases.
+            specs = await self._insist(lambda: self._specs(entries))
+            if grants is None:
+                admitted = await self._tickets.admit(entries, specs, self._free, self._insist)
+                entries, leaves = admitted.begin, admitted.leaves
+                for others in admitted.others:
+                    await self._turn_in([(None, delivery) for delivery in others], others)
+            await self._claim_all(entries, specs, leaves)
+        for leave in leaves.values():  # of deliveries that are gone from under it
+            self._tickets.give_back(leave)
+
+    async def _claim_all(
+        self, entries: Sequence[Entry], specs: Mapping[str, Spec | SpecError], leaves: dict[str, Leave]
+    ) -> None:
         if not entries:
             return
         tokens = [secrets.token_hex(8) for _ in entries]
         keys, lease = self._client.keys, self._client.settings.lease
         wanted = [calls.claim(keys, each.job_id, token, lease) for each, token in zip(entries, tokens, strict=True)]
-        # Before the claim: to parse many large specs takes seconds, in which nobody would renew the leases.
-        specs = await self._insist(lambda: self._specs([entry.job_id for entry in entries]))
         claims = await self._insist(lambda: self._claim(wanted))
-        for entry, token, claim, spec in zip(entries, tokens, claims, specs, strict=True):
-            if claim.outcome != "claimed":
-                continue
-            self._free -= 1
-            self._clerk.started(entry)
-            self._begin(entry, spec, token, claim)
-        for entry, claim in zip(entries, claims, strict=True):
-            if claim.outcome != "claimed":
+        for entry, token, claim in zip(entries, tokens, claims, strict=True):
+            leave = leaves.pop(entry.rq_job.id, None)
+            if claim.outcome == "claimed":
+                self._free -= 1
+                self._clerk.started(entry)
+                self._begin(entry, specs[entry.rq_job.id], token, claim, leave)
+            else:
+                self._tickets.give_back(leave)
                 log.info("intake.nothing_to_do", job=entry.job_id, because=claim.outcome, status=claim.status)
                 self._clerk.ended(entry, claim.status or claim.outcome)
 
-    async def _read(self, taken: Sequence[tuple[int, str]]) -> list[Entry]:
+    async def _serve_lines(self) -> bool:
+        """Begin jobs whose turn in a line has come, own or others'. Whether there were any."""
+        served = False
+        async for grants in self._tickets.due(lambda: min(self._free, BATCH), self._insist):
+            served = True
+            await self._turn_in([(None, delivery) for delivery in grants], grants)
+        return served
+
+    # Reading -----------------------------------------------------------------------------------------------------
+
+    async def _read(self, taken: Sequence[tuple[int | None, str]]) -> list[Entry]:
         pipe = self._client.redis.pipeline(transaction=False)
         for _, rq_id in taken:
             pipe.hgetall(self._worker.job_key(rq_id))
@@ -163,16 +206,17 @@ class Intake:
                 log.warning("intake.put_aside", rq_job=rq_id[:100], reason=str(poison))
                 keep = isinstance(fields, dict) and bool(fields)
                 with translated(self._client.settings.redis_url):
-                    await self._clerk.do(self._worker.put_aside, queue_number, rq_id, str(poison), keep)
+                    await self._clerk.do(self._worker.put_aside, queue_number or 0, rq_id, str(poison), keep)
         return entries
 
-    def _read_one(self, queue_number: int, rq_id: str, fields: Any) -> Entry:
+    def _read_one(self, queue_number: int | None, rq_id: str, fields: Any) -> Entry:
         if isinstance(fields, redis.exceptions.RedisError):
             if "WRONGTYPE" not in str(fields):
                 raise RedisUnavailable(str(fields)) from fields
             raise PoisonError("its hash is of another type")
         try:
-            return self._worker.read(queue_number, rq_id, fields)
+            number = self._worker.queue_of(fields) if queue_number is None else queue_number
+            return self._worker.read(number, rq_id, fields)
         except (ValueError, TypeError) as error:  # RQ's own refusal of an id
             raise PoisonError(str(error)[:200]) from None
 
@@ -193,15 +237,29 @@ class Intake:
                 claims.append(Claim("error"))
         return claims
 
-    async def _specs(self, job_ids: Sequence[str]) -> list[Spec | SpecError]:
+    async def _specs(self, entries: Sequence[Entry]) -> dict[str, Spec | SpecError]:
+        """Specs by delivery. On the way: when the jobs were submitted, and what Redis knows of limits."""
+        keys = self._client.keys
+        pipe = self._client.redis.pipeline(transaction=False)
+        self._tickets.ask(pipe)
+        for entry in entries:
+            pipe.get(keys.spec(entry.job_id))
+            pipe.hget(keys.state(entry.job_id), "created")
         try:
-            bodies = await self._client.redis.mget([self._client.keys.spec(job_id) for job_id in job_ids])
+            replies = await pipe.execute(raise_on_error=False)
         except redis.exceptions.RedisError as error:
             raise RedisUnavailable(str(error)) from error
-        specs = []
-        for body in bodies:
-            specs.append(_spec(body))
-            if body is not None and len(body) >= COSTLY:
+        for reply in replies:
+            if isinstance(reply, redis.exceptions.RedisError) and "WRONGTYPE" not in str(reply):
+                raise RedisUnavailable(str(reply)) from reply
+        self._tickets.note(replies[:3])
+        specs = {}
+        bodies, created = replies[3::2], replies[4::2]
+        for number, (entry, body, at) in enumerate(zip(entries, bodies, created, strict=True)):
+            # Jobs of one millisecond keep the order of their lane.
+            entry.since = (float(at) if isinstance(at, bytes) and at.isdigit() else 0.0) + number / 1000
+            specs[entry.rq_job.id] = _spec(body)
+            if isinstance(body, bytes) and len(body) >= COSTLY:
                 await asyncio.sleep(0)  # parsing takes up to 70 ms, and there are others on the loop
         return specs
 
@@ -211,8 +269,8 @@ def _broken_keys(error: RedisUnavailable) -> bool:
     return type(error.__cause__) is redis.exceptions.ResponseError and "user_script" in str(error.__cause__)
 
 
-def _spec(body: bytes | None) -> Spec | SpecError:
-    if body is None:
+def _spec(body: Any) -> Spec | SpecError:
+    if not isinstance(body, bytes):
         return SpecError("the spec is missing")
     try:
         return parse(body)

@@ -19,6 +19,7 @@ from millstream.async_client import AsyncClient
 from millstream.calls import Claim
 from millstream.errors import JobNotFound, RedisUnavailable, SpecError
 from millstream.job import Spec
+from millstream.keys import LANES
 from millstream.redis_door import translated
 from millstream.settings import Settings
 
@@ -26,18 +27,23 @@ from .choice import GuardedUpstream, Upstreams
 from .clerk import Clerk
 from .clocks import Ticker
 from .intake import Intake
+from .limiter import Limiter
 from .line import Line
 from .pulse import Pulse
 from .relay import Relay, Services
 from .repacker import Repacker
 from .rq_worker import Entry, StreamWorker
 from .sweeper import Sweeper
+from .tickets import Leave, Tickets
 from .turns import Turns
 from .upstream import UpstreamSettings
 from .writer import Writer
 
 HAND_OVER = 5.0
 """Seconds to hand the remaining jobs over; what does not make it comes back when its lease runs out."""
+
+SETTLE = 2.0
+"""Seconds to give back what is held of the limits; later it comes back with the leases."""
 
 log = structlog.get_logger()
 
@@ -54,11 +60,17 @@ class Process:
         self._running: dict[asyncio.Task[str], tuple[Entry, Relay]] = {}
         self._client = AsyncClient(settings=settings)
         self._line = Line(settings.redis_url)
+        self._limits_line = Line(settings.redis_url)  # of its own: what is written does not wait for limits
         self._clerk = Clerk(worker)
         connections, patience = settings.streams + 16, settings.connect_timeout
-        self._upstreams = Upstreams(
-            [GuardedUpstream(each, connections=connections, connect_timeout=patience) for each in upstreams]
-        )
+        guarded = [GuardedUpstream(each, connections=connections, connect_timeout=patience) for each in upstreams]
+        self._upstreams = Upstreams(guarded)
+        queues = {lane: settings.keys.queue(lane) for lane in LANES}
+        self._limiter = Limiter(
+            self._limits_line.run, settings.keys, lease=settings.lease, asker=worker.name, upstreams=guarded,
+            lanes=[lane for lane, queue in queues.items() if queue in worker.queue_names()],
+            intermediate=[worker.intermediate_of(queue) for queue in queues.values()],
+        )  # fmt: skip
         self._services = Services(
             run=self._client.run,
             keys=settings.keys,
@@ -70,8 +82,10 @@ class Process:
             turns=Turns(),
             upstreams=self._upstreams,
             worker=worker.name,
+            limiter=self._limiter,
         )
-        self._intake = Intake(self._client, worker, self._clerk, settings.streams, self._begin)
+        tickets = Tickets(self._client, self._upstreams, self._limiter)
+        self._intake = Intake(self._client, worker, self._clerk, settings.streams, self._begin, tickets)
 
     async def run(self, *, burst: bool) -> bool:
         """Until a signal, or with `burst` until the lanes are empty and all has ended. False after a fault of ours."""
@@ -89,6 +103,7 @@ class Process:
             self._service(self._services.ticker.run()),
             self._service(self._clerk.run()),
             self._service(self._clerk.beat()),
+            self._service(self._limiter.run()),
             self._service(Pulse(self._settings, self._services.writer.heartbeats).run()),
             self._service(Sweeper(self._client).run()),
             self._service(Repacker(self._client).run()),
@@ -98,13 +113,23 @@ class Process:
             await self._drain()
         finally:
             await _end(services[1:])
+            await self._settle()
             await self._clerk.close()
             await _end(services[:1])
             await self._upstreams.close()
             await self._client.close()
             self._line.close()
+            self._limits_line.close()
         log.info("worker.stopped", worker=self._worker.name)
         return not self._broken
+
+    async def _settle(self) -> None:
+        """Give back what this process holds of the limits; should Redis be away, its tickets run out instead."""
+        try:
+            async with asyncio.timeout(SETTLE):
+                await self._limiter.flush()
+        except (RedisUnavailable, TimeoutError) as error:
+            log.warning("limits.unsettled", reason=str(error) or "no answer in time")
 
     def _service(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(coroutine)
@@ -132,8 +157,8 @@ class Process:
         self._intake.stop()  # not cancelled: what it has claimed must become a running job, or be handed over as one
         await intake
 
-    def _begin(self, entry: Entry, spec: Spec | SpecError, token: str, claim: Claim) -> None:
-        relay = Relay(self._services, entry.job_id, spec, token, claim)
+    def _begin(self, entry: Entry, spec: Spec | SpecError, token: str, claim: Claim, leave: Leave) -> None:
+        relay = Relay(self._services, entry.job_id, spec, token, claim, leave)
         task = asyncio.create_task(relay.run())
         self._running[task] = (entry, relay)
         task.add_done_callback(self._ended)

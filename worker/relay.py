@@ -28,9 +28,10 @@ from millstream.job import Spec
 from millstream.keys import Keys
 from millstream.settings import Settings
 
-from .attempt import Attempt, Means
+from .attempt import Attempt, Means, too_large
 from .choice import Upstreams
 from .clocks import Ticker
+from .limiter import Grant, Limiter, TooLarge
 from .outbox import Outbox
 from .retries import HandBack, persist
 from .turns import Turns
@@ -55,20 +56,27 @@ class Services:
     turns: Turns
     upstreams: Upstreams
     worker: str
+    limiter: Limiter | None = None
+    """None: nothing is limited."""
 
 
 class Relay:
     """One claimed job."""
 
-    def __init__(self, services: Services, job_id: str, spec: Spec | SpecError, token: str, claim: Claim) -> None:
+    def __init__(
+        self, services: Services, job_id: str, spec: Spec | SpecError, token: str, claim: Claim,
+        leave: Grant | TooLarge | None = None,
+    ) -> None:  # fmt: skip
         self.job_id = job_id
         self._services = services
-        self._refusal = spec if isinstance(spec, SpecError) else None
+        self._refusal = _refusal(spec, leave)
         self._spec = spec if isinstance(spec, Spec) else Spec(model="", messages=[])
         self._claim = claim
         self._outbox = Outbox(job_id, services.keys.written(job_id), token, claim.attempt, claim.seq, self._interrupt)
-        self._means = Means(services.settings, services.writer, services.ticker, services.turns, services.worker)
-        self._attempt = self._begin(again=False)
+        self._means = Means(
+            services.settings, services.writer, services.ticker, services.turns, services.worker, services.limiter
+        )
+        self._attempt = self._begin(again=False, grant=leave if isinstance(leave, Grant) else None)
         self._stopped: str | None = None
         self._task: asyncio.Task[Any] | None = None
         self._log = log.bind(job=job_id)
@@ -85,6 +93,7 @@ class Relay:
             self._task.uncancel()
             status = await self._after_stop(self._stopped)
         finally:
+            self._attempt.give_back()
             self._services.writer.remove(self._outbox)
         self._log.info("job.ended", status=status, attempt=self._outbox.attempt, events=self._outbox.seq)
         return status
@@ -127,7 +136,7 @@ class Relay:
         await self._outbox.settled()
         self._stopped = self._stopped or "waits"  # from the release on, a heartbeat is answered `fenced`
         self._log.info("job.handed_back", upstream=wait.upstream, delay=round(wait.delay, 3))
-        waits_for = msgspec.json.encode({"what": "upstream", "upstream": wait.upstream})
+        waits_for = msgspec.json.encode({"what": wait.what, "upstream": wait.upstream})
         release = self._release(wait.delay, waits_for)
         while True:  # let go of, it would lose an attempt; its lease is kept meanwhile
             try:
@@ -136,16 +145,16 @@ class Relay:
                 self._log.warning("job.hand_back_waits", reason=str(error))
                 await asyncio.sleep(AWAY)
 
-    def _begin(self, *, again: bool) -> Attempt:
+    def _begin(self, *, again: bool, grant: Grant | None = None) -> Attempt:
         serving = self._services.upstreams.serving(self._spec.model)
         return Attempt(
             self._means, self._spec, self._outbox, self._claim, serving,
-            again=again, interrupted=lambda: self._stopped is not None,
+            again=again, interrupted=lambda: self._stopped is not None, grant=grant,
         )  # fmt: skip
 
     async def _stream(self) -> str:
-        if self._refusal is not None:  # somebody else wrote it: a producer's library checks before it sends
-            return await self._fail(UpstreamFailure("invalid_spec", str(self._refusal), retryable=False))
+        if self._refusal is not None:
+            return await self._fail(self._refusal)
         if not self._services.upstreams.serving(self._spec.model):
             what = f"no upstream of this worker serves the model {self._spec.model!r}"
             return await self._fail(UpstreamFailure("model_not_served", what, retryable=False))
@@ -236,3 +245,12 @@ class Relay:
         self._services.writer.notify(self._outbox)
         await self._outbox.settled()
         return ending.status
+
+
+def _refusal(spec: Spec | SpecError, leave: Grant | TooLarge | None) -> UpstreamFailure | None:
+    """Why the job cannot be asked for at all."""
+    if isinstance(spec, SpecError):  # somebody else wrote it: a producer's library checks before it sends
+        return UpstreamFailure("invalid_spec", str(spec), retryable=False)
+    if isinstance(leave, TooLarge):
+        return too_large(leave.tokens, leave.limit, leave.upstream)
+    return None

@@ -28,12 +28,13 @@ T = TypeVar("T")
 
 
 class HandBack(Exception):  # noqa: N818 - not an error: the job waits elsewhere
-    """The job is to wait `delay` seconds for the upstream of this name in the queue."""
+    """The job is to wait `delay` seconds for the upstream of this name, or for its limit, in the queue."""
 
-    def __init__(self, delay: float, upstream: str) -> None:
+    def __init__(self, delay: float, upstream: str, what: str = "upstream") -> None:
         super().__init__(f"{delay:.3f} s for {upstream}")
         self.delay = delay
         self.upstream = upstream
+        self.what = what
 
 
 def backoff(tries: int, chance: Callable[[], float] = random.random) -> float:

@@ -20,6 +20,7 @@ from rq.command import handle_command, parse_payload
 from rq.defaults import RQ_KEY_PREFIX
 from rq.exceptions import NoSuchJobError
 from rq.executions import Execution
+from rq.intermediate_queue import IntermediateQueue
 from rq.job import Job, JobStatus
 from rq.queue import Queue
 from rq.serializers import JSONSerializer
@@ -66,6 +67,8 @@ class Entry:
     job_id: str
     rq_job: Job
     execution: Execution | None = None
+    since: float = 0.0
+    """When the job was submitted (ms), once its state was read."""
 
 
 class DeliveryJob(Job):
@@ -153,9 +156,23 @@ class StreamWorker(BaseWorker):
 
         return Call("take", names, [most], decode)
 
+    def intermediate_of(self, queue_name: str) -> str:
+        """The list that holds what was taken from a queue, whether this worker serves it or not."""
+        return IntermediateQueue.get_intermediate_queue_key(f"{Queue.redis_queue_namespace_prefix}{queue_name}")
+
     def job_key(self, rq_id: str) -> bytes:
         """Where RQ keeps the hash of a job."""
         return _raw(f"{RQ_KEY_PREFIX}:job:{rq_id}")
+
+    def queue_of(self, fields: Mapping[bytes, bytes]) -> int:
+        """The number of the queue an entry's hash says it comes from. Raises PoisonError."""
+        origin = fields.get(b"origin", b"").decode("utf-8", "replace")
+        for number, queue in enumerate(self.queues):
+            if queue.name == origin:
+                return number
+        raise PoisonError(
+            "its hash is gone" if not fields else f"it comes from no lane of this worker: {origin[:60]!r}"
+        )
 
     def read(self, queue_number: int, rq_id: str, fields: Mapping[bytes, bytes]) -> Entry:
         """Check an entry's hash, which anybody may have written. Raises PoisonError.

@@ -66,10 +66,20 @@ class Sweeper:
     async def _sweep(self, due: list[str]) -> None:
         keys, lease = self._client.keys, self._client.settings.lease
         oldest = {lane: await self._oldest(lane) for lane in LANES}
-        found = await self._client.run(calls.sweep(keys, lease, due, oldest))
+        found = await self._client.run(calls.sweep(keys, lease, due, oldest, await self._lines(due)))
         await self._client.run_many([calls.redeliver(keys, job_id, lane) for job_id, lane, _ in found])
         for job_id, lane, why in found:
             log.info("sweep.delivered_again", job=job_id, lane=lane, because=why)
+
+    async def _lines(self, due: list[str]) -> dict[str, str]:
+        """The lines of limits in which some of the due jobs wait."""
+        pipe = self._client.redis.pipeline(transaction=False)
+        for job_id in due:
+            pipe.hget(self._client.keys.state(job_id), "line")
+        found = await pipe.execute(raise_on_error=False)
+        named = zip(due, found, strict=True)
+        start = self._client.keys.limit
+        return {job_id: line.decode() for job_id, line in named if isinstance(line, bytes) and line.startswith(start)}
 
     async def _oldest(self, lane: str) -> int | None:
         """When the job at the head of a lane's queue was submitted (ms); None for an empty lane."""

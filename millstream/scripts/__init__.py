@@ -13,7 +13,10 @@ from functools import cache
 from importlib.resources import files
 from typing import Final
 
-NAMES: Final = ("submit", "deliver", "take", "claim", "append", "cancel", "release", "forget", "sweep", "repack")
+NAMES: Final = (
+    "submit", "deliver", "take", "claim", "append", "cancel", "release", "forget", "sweep", "repack",
+    "limit_acquire", "limit_again", "limit_renew", "limit_settle", "limit_learn", "limit_look",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,6 +65,6 @@ attempt = attempt + 1
 redis.call('HSET', KEYS[1], 'status', 'in_progress', 'holder', ARGV[2] .. ':' .. attempt, 'attempt', attempt, 'broken', broken,
   'reason', reason, 'lease', now + ARGV[3])
 redis.call('HSETNX', KEYS[1], 'started', now)
-redis.call('HDEL', KEYS[1], 'not_before', 'wait')
+redis.call('HDEL', KEYS[1], 'not_before', 'wait', 'until', 'line', 'place')
 redis.call('ZADD', KEYS[4], now + ARGV[3], ARGV[1])
 return {'claimed', attempt, seq, reason, broken, max_attempts}

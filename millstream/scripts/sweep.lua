@@ -1,11 +1,12 @@
 -- sweep: of the jobs that are due, find those nobody works on; they are to be delivered again by the caller.
 --
--- KEYS  1 open  2 ended  3 repack  then per job: state, log, spec
+-- KEYS  1 open  2 ended  3 repack  then per job: state, log, spec, the line it waits in (any name where it is in none)
 -- ARGV  1 lease (ms)  2 patience (ms)  3 number of lanes, then per lane: its name and when the oldest delivery that
 --       waits in it was submitted (ms, or '' for an empty lane)  then per job: its id
 -- Returns {id, lane, 'lost' | 'vanished' | 'due'} per job to deliver; each is rescored as it is taken, so that several
 -- sweeps at once take different jobs, and a delivery that is lost again is found again.
--- A queued job counts as vanished only when its lane holds nothing older than it: a backlog is no loss.
+-- A queued job counts as vanished only when its lane holds nothing older than it: a backlog is no loss. Nor has one
+-- vanished that stands in the line of a limit: a worker takes it from there.
 -- flags: allow-oom
 -- uses: _ending
 
@@ -16,12 +17,13 @@ for i = 1, lanes do
   oldest[ARGV[2 + 2 * i]] = tonumber(ARGV[3 + 2 * i])
 end
 
-local function look(id, state, log, spec)
+local function look(id, state, log, spec, line)
   local score = redis.call('ZSCORE', KEYS[1], id)
   if not score or tonumber(score) > now then
     return nil -- another sweep took it
   end
-  local s = redis.call('HMGET', state, 'status', 'lane', 'lease', 'not_before', 'expires', 'attempt', 'seq', 'created')
+  local s = redis.call('HMGET', state, 'status', 'lane', 'lease', 'not_before', 'expires', 'attempt', 'seq', 'created',
+    'place')
   if not s[1] or CLOSED[s[1]] then
     redis.call('ZREM', KEYS[1], id)
     return nil
@@ -48,6 +50,9 @@ local function look(id, state, log, spec)
     return {id, s[2], 'due'}
   end
   redis.call('ZADD', KEYS[1], now + patience, id)
+  if s[9] and redis.call('ZSCORE', line, s[9]) then
+    return nil
+  end
   local waiting = oldest[s[2]]
   if waiting and waiting <= tonumber(s[8]) then
     return nil
@@ -57,8 +62,8 @@ end
 
 local found = {}
 for i = 4 + 2 * lanes, #ARGV do
-  local k = 1 + 3 * (i - 3 - 2 * lanes)
-  local done, reply = pcall(look, ARGV[i], KEYS[k], KEYS[k + 1], KEYS[k + 2])
+  local k = 4 * (i - 3 - 2 * lanes)
+  local done, reply = pcall(look, ARGV[i], KEYS[k], KEYS[k + 1], KEYS[k + 2], KEYS[k + 3])
   if not done then
     redis.call('ZADD', KEYS[1], now + patience, ARGV[i]) -- broken keys must not be looked at in every sweep
   elseif reply then

@@ -83,6 +83,7 @@ def test_the_wire_spells_the_names_as_the_code_does() -> None:
     shown = {name for row in _rows(_section(_page("wire.md"), "Names")) for name in _codes(row[0])}
     ours = {keys.spec("JOB"), keys.state("JOB"), keys.log("JOB"), keys.building("JOB"), keys.chunks("JOB")}
     ours |= {keys.open, keys.repack, keys.ended}
+    ours |= {re.sub(r":line:.*", ":line:LANE", name) for name in keys.meter("METER")}
     assert {name for name in shown if name.startswith("millstream:")} == ours
     assert f"rq:queue:{keys.queue('LANE')}" in shown
 

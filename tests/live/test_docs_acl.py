@@ -49,6 +49,7 @@ def _denials(server: Valkey) -> list[tuple[str, str]]:
 def _work_off(server: Valkey, base_url: str) -> None:
     """Run the worker until the lanes are empty."""
     environ = {**os.environ, "REDIS_URL": _url(server, "worker"), "OPENAI_BASE_URL": base_url, "OPENAI_API_KEY": "k"}
+    environ["MILLSTREAM_RPM"] = "1000"
     command = [sys.executable, "-m", "worker", "--burst"]
     done = subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
@@ -63,6 +64,7 @@ def test_each_user_may_do_its_work(server: Valkey) -> None:
         _work_off(server, upstream.base_url)
         assert [producer.result(job.id, timeout=10).status for job in asked] == ["completed"] * 3
         producer.forget(asked[0].id)
+        assert [each.requests.limit for each in producer.limits()] == [1000]
         assert {each.id for each in producer.list()} == {dropped.id, *(job.id for job in asked)}
     with _client(server, "consumer") as consumer:
         assert [event.seq for event in consumer.follow(asked[1].id)][:2] == [1, 2]

@@ -15,7 +15,7 @@ from typing import Any
 
 from worker.breaker import Guard
 from worker.choice import GuardedUpstream
-from worker.upstream import Finish, Part, Piece, UpstreamFailure, UpstreamSettings, Usage
+from worker.upstream import Counts, Finish, Part, Piece, UpstreamFailure, UpstreamSettings, Usage
 
 from .loop import ACTOR, Actor
 
@@ -100,7 +100,7 @@ class ScriptedUpstream(GuardedUpstream):
         pass
 
     @asynccontextmanager
-    async def ask(self, body: Mapping[str, Any]) -> AsyncIterator[Any]:
+    async def ask(self, body: Mapping[str, Any], heard: Callable[[Counts], None] | None = None) -> AsyncIterator[Any]:
         request, rng = self.model.begin(body)
         temper, loop = self.model.temper, asyncio.get_running_loop()
         self.model.note(request.asker, "asks", request.job_id, f"request {request.number}")

@@ -104,6 +104,7 @@ def product_on(model: Model, token_hex: Callable[[int], str]) -> Any:
         stack.enter_context(patch.object(worker.process, "GuardedUpstream", ScriptedUpstream))
         stack.enter_context(patch.object(worker.process, "Pulse", NoPulse))
         stack.enter_context(patch("worker.intake.secrets", tokens))
+        stack.enter_context(patch("worker.limiter.secrets", tokens))
         # redis-py parses its own package's metadata for every connection: a third of a schedule's time.
         stack.enter_context(patch("redis.utils.get_lib_version", lambda: "8"))
         stack.enter_context(patch("millstream.delivery.secrets", tokens))

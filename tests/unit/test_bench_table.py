@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from bench import curves, plan, report, rows
+from bench.acquire import Acquire
 from bench.big_answer import BigAnswer
 from bench.first_chunk import FirstChunk
 from bench.log_memory import LogMemory
@@ -194,3 +195,12 @@ def test_a_label_names_what_differs_from_the_default() -> None:
     """Two cases that measure different things never share a median."""
     assert Case("product", 200, tls=True, settings={"MILLSTREAM_FLUSH_MS": "5"}).label == "product 200 TLS FLUSH_MS=5"
     assert len({case.label for case in plan.FULL}) == len(plan.FULL)
+
+
+@pytest.mark.parametrize(("valkey_us", "met"), [(150.0, True), (150.1, False)])
+def test_an_acquire_is_judged_by_both_sides_together(valkey_us: float, met: bool) -> None:
+    """What the client spends counts as much as what the server does."""
+    found = row(Results(acquire=Acquire(1000, 4000, 100.0, valkey_us)), "one acquire")
+
+    assert found.met is met
+    assert "100 client" in found.product

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from millstream import Client
+from millstream.meters import Limits, Meter, Place, acquire, learn
 from millstream.testing import ScriptedChannel, fake_client
 from producer.__main__ import main
 from tests.unit.producer_typed import standard, typed, written
@@ -196,6 +197,33 @@ def test_list_keeps_one_state_and_says_when_there_are_more(desk: Desk) -> None:
     assert [line.split("\t")[0] for line in found.out.splitlines()] == ["f2", "f1"]
     assert "more than these 2" in found.err
     assert typed(desk.client, "list", "--state", "failed", "--limit", "3").err == ""
+
+
+def test_limits_shows_each_meter(desk: Desk) -> None:
+    """What is in use of each limit, who waits, when the next is due, until when it cools: in all three forms."""
+    assert "no limits" in typed(desk.client, "limits", terminal=True).err
+    assert typed(desk.client, "limits").out == typed(desk.client, "limits", "--json").out == ""
+    keys, meter = desk.client.keys, Meter("up", "m/1", Limits(requests=100, streams=1))
+    places = [Place(f"j{i}-00000000", f"j{i}", "batch", i, 10, 90) for i in range(3)]
+    desk.client.run(
+        acquire(
+            keys, meter, places, lease=15, asker="w", call_id="1", want=9, lanes=("batch",), intermediate=("i", "b")
+        )
+    )  # fmt: skip
+    desk.client.run(learn(keys, meter, cool=60))
+    (line,) = [json.loads(line) for line in typed(desk.client, "limits", "--json").out.splitlines()]
+    assert (line["upstream"], line["model"]) == ("up", "m/1")
+    assert line["requests"] == {"used": 1, "limit": 100}
+    assert line["tokens"] == {"used": 100, "limit": None}
+    assert line["streams"] == {"used": 1, "limit": 1}
+    assert line["waiting"] == {"interactive": 0, "batch": 2}
+    assert line["next_at"] == line["cooling_until"]
+    row = typed(desk.client, "limits").out.rstrip("\n").split("\t")
+    assert row[:7] == ["up", "m/1", "1/100", "100/-", "1/1", "0", "2"]
+    assert row[7].endswith("Z")
+    shown = typed(desk.client, "limits", terminal=True, width=140).out
+    for word in ("waiting", "cooling until", "m/1", "1/100"):
+        assert word in shown
 
 
 def test_list_on_a_terminal_is_a_table(desk: Desk) -> None:

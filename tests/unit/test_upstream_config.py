@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from millstream import Settings, SettingsError
+from millstream.meters import Limits
 from worker.upstream.config import FIELDS, load, parse
 
 ENVIRON = {"A_KEY": "sk-canary-0123456789", "EMPTY": " ", "BROKEN": "one\nX-Evil: two"}
@@ -45,12 +46,32 @@ def test_every_field_is_read() -> None:
     )  # fmt: skip
     assert (first.headers, first.query) == ({"X-Title": "mill"}, {"api-version": "2024-10-21"})
     assert (first.stream_options, first.ends_with, first.finish_reasons) == (False, "done", frozenset({"eos"}))
-    assert (first.continue_with, first.limits) == ("vllm", {"rpm": 60, "tpm": 90000, "streams": 8})
+    assert (first.continue_with, first.limits) == ("vllm", Limits(60, 90_000, 8))
     assert not first.breaker
     assert (second.api_key, second.models, second.stream_options, second.ends_with) == (
         None, ("*",), True, "finish_reason",
     )  # fmt: skip
     assert (second.continue_with, second.breaker, second.foreign) == ("", True, True)
+
+
+def test_a_model_may_have_limits_of_its_own() -> None:
+    """The first name or pattern that fits, by what the model is called there; else those of the upstream."""
+    text = (
+        '[upstreams.a]\nbase_url = "http://127.0.0.1:1"\nlimits = {rpm = 60, window = 10, models.exact = {tpm = 5}, '
+        'models."gpt-*" = {rpm = 3}}'
+    )
+    (found,) = parse(text.encode(), "up.toml", ENVIRON, share=0.2)
+    assert found.limits_of("other") == Limits(60, 0, 0, 0.2, 10.0)
+    assert found.limits_of("exact") == Limits(0, 5, 0, 0.2, 10.0)
+    assert found.limits_of("gpt-4o") == Limits(3, 0, 0, 0.2, 10.0)
+
+
+def test_without_a_file_the_limits_come_from_the_settings() -> None:
+    """One upstream, one limit for each of its models."""
+    (found,) = load(Settings(rpm=60, tpm=1000, max_streams=4, interactive_share=0.3), {})
+    assert found.limits_of("any") == Limits(60, 1000, 4, 0.3)
+    (free,) = load(Settings(), {})
+    assert not free.limits_of("any")
 
 
 def test_a_model_is_served_by_name_pattern_or_alias() -> None:
@@ -125,6 +146,11 @@ WRONG = {
     "ending": ("[upstreams.a]\n" + ADDRESS + 'ends_with = "eof"', "expected 'finish_reason' or 'done'"),
     "limit kind": ("[upstreams.a]\n" + ADDRESS + "limits = {rpm = 0}", "limits.rpm: found 0, expected a whole"),
     "limit name": ("[upstreams.a]\n" + ADDRESS + "limits = {rps = 1}", "limits.rps: unknown key; did you mean 'rpm'?"),
+    "limit window": ("[upstreams.a]\n" + ADDRESS + "limits = {window = 0}", "limits.window: found 0, expected seconds"),
+    "limit of a model": ("[upstreams.a]\n" + ADDRESS + 'limits = {models = {"x" = 5}}', "found int, expected a table"),
+    "limit in a model": (
+        "[upstreams.a]\n" + ADDRESS + 'limits = {models = {"x" = {window = 9}}}', "window: unknown key; known are rpm",
+    ),
     "flag kind": ("[upstreams.a]\n" + ADDRESS + 'stream_options = "no"', "stream_options: found 'no', expected true"),
 }  # fmt: skip
 

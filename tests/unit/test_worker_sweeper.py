@@ -60,6 +60,7 @@ class Replica:
         self.keys = Keys()
         self.redis: Any = self
         self.promoted_at = 0.0
+        self.lines = False
         self.swept_at: asyncio.Future[float] = asyncio.get_running_loop().create_future()
 
     async def run(self, call: Call[Any]) -> list[Any]:
@@ -80,8 +81,12 @@ class Replica:
 
     def zrange(self, *_args: Any, **_options: Any) -> None: ...
 
-    async def execute(self) -> list[Any]:
-        return [(2, 0), [(b"j", 1.0)]]
+    def hget(self, *_args: Any) -> None:
+        self.lines = True
+
+    async def execute(self, **_options: Any) -> list[Any]:
+        lines, self.lines = self.lines, False
+        return [None] if lines else [(2, 0), [(b"j", 1.0)]]
 
     async def lindex(self, _key: str, _index: int) -> None:
         return None

@@ -4,10 +4,11 @@ from .answer import Answer, Verdict
 from .chunks import Finish, Part, Piece, Usage
 from .client import Upstream
 from .config import UpstreamSettings, load
+from .counts import Counts
 from .failures import UpstreamFailure
 from .stream import Stream
 
 __all__ = [
-    "Answer", "Finish", "Part", "Piece", "Stream", "Upstream", "UpstreamFailure", "UpstreamSettings", "Usage",
+    "Answer", "Counts", "Finish", "Part", "Piece", "Stream", "Upstream", "UpstreamFailure", "UpstreamSettings", "Usage",
     "Verdict", "load",
 ]  # fmt: skip

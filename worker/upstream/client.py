@@ -4,7 +4,7 @@ openai.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
@@ -16,6 +16,7 @@ from millstream.job import Spec
 
 from .config import UpstreamSettings
 from .connection import BrokenError, Response
+from .counts import Counts, counts
 from .failures import UpstreamFailure, from_status, plain
 from .sse import MAX_EVENT, begins_like_events
 from .stream import BROKE, Stream
@@ -58,10 +59,12 @@ class Upstream:
         await self._client.close()
 
     @asynccontextmanager
-    async def ask(self, body: Mapping[str, Any]) -> AsyncIterator[Stream | Whole]:
+    async def ask(
+        self, body: Mapping[str, Any], heard: Callable[[Counts], None] | None = None
+    ) -> AsyncIterator[Stream | Whole]:
         """Send a request (see `request`) and give the stream of its answer. Leaving early closes the connection.
 
-        Raises UpstreamFailure.
+        `heard` is told what the headers say of the upstream's limits. Raises UpstreamFailure.
         """
         try:
             answer = await self._client.post(
@@ -72,6 +75,8 @@ class Upstream:
         except openai.APIConnectionError as error:
             raise _without_response(error.__cause__ or error) from None
         response = body_of(answer.response)
+        if heard is not None:
+            heard(counts(answer.response.headers))
         stream: Stream | Whole | None = None
         try:
             stream = await _opened(response)
@@ -126,7 +131,9 @@ async def _read(body: Response) -> bytes:
 
 
 def _from_response(response: httpx2.Response, body: Any) -> UpstreamFailure:
-    return from_status(response.status_code, body, retry_after(response.headers))
+    failure = from_status(response.status_code, body, retry_after(response.headers))
+    failure.counts = counts(response.headers)
+    return failure
 
 
 def _headers(settings: UpstreamSettings) -> dict[str, str]:

@@ -17,13 +17,14 @@ from typing import Any, Final, TypeGuard
 from urllib.parse import urlsplit
 
 from millstream.errors import SettingsError
+from millstream.meters import NO_LIMITS, WINDOW, Limits
 from millstream.settings import Settings
 
 VARIABLE: Final = "MILLSTREAM_UPSTREAMS"
 CONTINUES: Final = ("", "vllm", "llama.cpp", "deepseek", "mistral")
 ENDS: Final = ("finish_reason", "done")
 AUTHS: Final = ("bearer", "api-key")
-LIMITS: Final = ("rpm", "tpm", "streams")
+LIMITS: Final = ("rpm", "tpm", "streams", "window", "models")
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _HEADER_NAME: Final = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}")
@@ -34,7 +35,9 @@ _MAX_FILE: Final = 1024 * 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpstreamSettings:
-    """One upstream. `limits` (requests and tokens a minute, streams at once) are kept for the limiter."""
+    """One upstream. `limits`: what all workers together may ask it for one model; `models_limits`: other ones for
+    models of these names or patterns, the first that fits.
+    """
 
     name: str
     base_url: str
@@ -48,7 +51,8 @@ class UpstreamSettings:
     ends_with: str = "finish_reason"
     finish_reasons: frozenset[str] = frozenset()
     continue_with: str = ""
-    limits: Mapping[str, int] = field(default_factory=dict)
+    limits: Limits = NO_LIMITS
+    models_limits: Mapping[str, Limits] = field(default_factory=dict)
     breaker: bool = True
     foreign: bool = True
     """Whether it was named in the file: variables for OpenAI alone (organization, project) are then none of its."""
@@ -61,14 +65,20 @@ class UpstreamSettings:
         """What the model of a job is called here."""
         return self.aliases.get(model, model)
 
+    def limits_of(self, model: str) -> Limits:
+        """The limits of a model, by what it is called here."""
+        fitting = (limits for pattern, limits in self.models_limits.items() if fnmatchcase(model, pattern))
+        return next(fitting, self.limits)
+
 
 def load(settings: Settings, environ: Mapping[str, str]) -> list[UpstreamSettings]:
     """The upstreams of a worker, in their order. Raises SettingsError with one line that names file and key."""
     if settings.upstreams is None:
         host = urlsplit(settings.base_url).hostname or "upstream"
         only = UpstreamSettings(
-            name=host, base_url=settings.base_url, api_key=settings.api_key, breaker=settings.breaker, foreign=False
-        )
+            name=host, base_url=settings.base_url, api_key=settings.api_key, breaker=settings.breaker, foreign=False,
+            limits=Limits(settings.rpm or 0, settings.tpm or 0, settings.max_streams or 0, settings.interactive_share),
+        )  # fmt: skip
         return [only]
     path = Path(settings.upstreams).expanduser()
     try:
@@ -78,10 +88,12 @@ def load(settings: Settings, environ: Mapping[str, str]) -> list[UpstreamSetting
         raise SettingsError(f"{VARIABLE}: cannot read {path}: {error.strerror or error}") from None
     if len(text) > _MAX_FILE:
         raise SettingsError(f"{VARIABLE}: {path} is larger than a megabyte; expected a TOML file naming upstreams")
-    return parse(text, str(path), environ, breaker=settings.breaker)
+    return parse(text, str(path), environ, breaker=settings.breaker, share=settings.interactive_share)
 
 
-def parse(text: bytes, source: str, environ: Mapping[str, str], *, breaker: bool = True) -> list[UpstreamSettings]:
+def parse(
+    text: bytes, source: str, environ: Mapping[str, str], *, breaker: bool = True, share: float = 0.1
+) -> list[UpstreamSettings]:
     """The upstreams a file's text names, in its order; `source` is the file's name, for errors."""
     try:
         document = tomllib.loads(text.decode("utf-8"))
@@ -92,10 +104,12 @@ def parse(text: bytes, source: str, environ: Mapping[str, str], *, breaker: bool
     tables = top.take("upstreams", {}, "tables such as [upstreams.openai]", _is_table)
     if not tables:
         raise SettingsError(f"{source}: names no upstream; expected at least one table such as [upstreams.openai]")
-    return [_upstream(source, name, table, environ, breaker) for name, table in tables.items()]
+    return [_upstream(source, name, table, environ, breaker, share) for name, table in tables.items()]
 
 
-def _upstream(source: str, name: str, found: Any, environ: Mapping[str, str], breaker: bool) -> UpstreamSettings:
+def _upstream(
+    source: str, name: str, found: Any, environ: Mapping[str, str], breaker: bool, share: float
+) -> UpstreamSettings:
     where = f"upstreams.{name}"
     if not _NAME.fullmatch(name):
         raise SettingsError(f"{source}: {where!r}: a name has 1 to 64 of A-Z a-z 0-9 _ . -")
@@ -106,6 +120,7 @@ def _upstream(source: str, name: str, found: Any, environ: Mapping[str, str], br
     base_url = table.take("base_url", None, "http:// or https:// and a host", _is_address)
     if base_url is None:
         raise table.wrong("base_url", "is missing; expected the address that /chat/completions is appended to")
+    limits, models_limits = _limits(table, share)
     return UpstreamSettings(
         name=name,
         base_url=base_url.rstrip("/"),
@@ -119,13 +134,15 @@ def _upstream(source: str, name: str, found: Any, environ: Mapping[str, str], br
         ends_with=table.choice("ends_with", ENDS),
         finish_reasons=frozenset(table.take("finish_reasons", [], "a list of words", _is_names_or_none)),
         continue_with=table.choice("continue_with", CONTINUES),
-        limits=_limits(table),
+        limits=limits,
+        models_limits=models_limits,
         breaker=breaker and table.take("breaker", True, "true or false", _is_bool),
     )
 
 
+_NOT_KEYS: Final = ("name", "api_key", "foreign", "models_limits")
 FIELDS: Final = (
-    "api_key_env", *(each.name for each in fields(UpstreamSettings) if each.name not in ("name", "api_key", "foreign"))
+    "api_key_env", *(each.name for each in fields(UpstreamSettings) if each.name not in _NOT_KEYS)
 )  # fmt: skip
 
 
@@ -155,11 +172,25 @@ def _headers(table: _Table) -> Mapping[str, str]:
     return headers
 
 
-def _limits(table: _Table) -> Mapping[str, int]:
-    limits = table.take("limits", {}, f"a table of {', '.join(LIMITS)}", _is_table)
-    inner = _Table(table.source, f"{table.where}.limits", limits)
-    inner.check_known(LIMITS)
-    return {name: inner.take(name, 0, "a whole number of at least 1", _is_count) for name in limits}
+def _limits(table: _Table, share: float) -> tuple[Limits, Mapping[str, Limits]]:
+    """The limits of every model, and those of some."""
+    found = table.take("limits", {}, f"a table of {', '.join(LIMITS)}", _is_table)
+    inner = _Table(table.source, f"{table.where}.limits", found)
+    window = inner.take("window", WINDOW, "seconds from 1 to 3600", _is_window)
+    models = inner.take("models", {}, "a table: a model's name or pattern = a table of limits", _is_table)
+    special = {}
+    for model, limits in models.items():
+        if not _is_table(limits):
+            raise inner.wrong(f"models.{model[:60]!r}", f"found {_kind(limits)}, expected a table of limits")
+        one = _Table(table.source, f"{table.where}.limits.models.{model[:60]!r}", limits)
+        special[model] = _limits_in(one, LIMITS[:3], share, window)
+    return _limits_in(inner, LIMITS, share, window), special
+
+
+def _limits_in(table: _Table, known: tuple[str, ...], share: float, window: float) -> Limits:
+    table.check_known(known)
+    rpm, tpm, streams = (table.take(name, 0, "a whole number of at least 1", _is_count) for name in LIMITS[:3])
+    return Limits(rpm, tpm, streams, share, float(window))
 
 
 class _Table:
@@ -216,6 +247,10 @@ def _is_table(value: Any) -> TypeGuard[dict[str, Any]]:
 
 def _is_bool(value: Any) -> TypeGuard[bool]:
     return isinstance(value, bool)
+
+
+def _is_window(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 1 <= value <= 3600
 
 
 def _is_count(value: Any) -> bool:

@@ -10,6 +10,8 @@ import json
 import re
 from typing import Any, Final
 
+from .counts import NONE
+
 RETRYABLE_STATUSES: Final = frozenset({408, 409, 425, 429})
 """Besides every 5xx (529, "overloaded", included)."""
 
@@ -48,6 +50,8 @@ class UpstreamFailure(Exception):  # noqa: N818 - the failure is the upstream's,
         self.retryable = retryable
         self.retry_after = retry_after
         self.status = status
+        self.counts = NONE
+        """What the refusal's headers say of the upstream's limits."""
 
     def without(self, secret: str) -> None:
         """Take a secret out of what is shown, should the upstream have said it."""

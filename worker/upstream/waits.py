@@ -31,7 +31,7 @@ def retry_after(headers: Mapping[str, str], now: float | None = None) -> float |
     now = time.time() if now is None else now
     for found in (
         _known(_number(headers.get("retry-after-ms", "")) / 1000),
-        _known(_seconds(headers.get("retry-after", ""), now)),
+        _known(seconds(headers.get("retry-after", ""), now)),
     ):
         if found is not None:
             return found
@@ -42,7 +42,7 @@ def retry_after(headers: Mapping[str, str], now: float | None = None) -> float |
 def _reset(headers: Mapping[str, str], meter: str, now: float) -> float | None:
     if _number(headers.get(f"x-ratelimit-remaining{meter}", "")) != 0:
         return None  # there is some left, or nobody knows
-    return _known(_seconds(headers.get(f"x-ratelimit-reset{meter}", ""), now))
+    return _known(seconds(headers.get(f"x-ratelimit-reset{meter}", ""), now))
 
 
 def _known(seconds: float) -> float | None:
@@ -53,7 +53,8 @@ def _number(text: str) -> float:
     return float(text) if _NUMBER.fullmatch(text.strip()) else math.nan  # float() would take `1_0` and `\u0661`, too
 
 
-def _seconds(text: str, now: float) -> float:
+def seconds(text: str, now: float) -> float:
+    """Seconds from a number of seconds, a Unix time, a duration or an HTTP date; NaN for anything else."""
     text = text.strip()
     if not math.isnan(number := _number(text)):
         if number >= _UNIX_MILLISECONDS:

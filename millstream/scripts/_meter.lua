@@ -1,0 +1,266 @@
+-- Shared by the limiter's scripts; the loader puts it in front of those that say `-- uses: _meter`.
+--
+-- A meter counts what one upstream was asked for one model. Its first eleven KEYS are always:
+--   1 meter  2 used  3 tickets  4 held  5 line of interactive  6 line of batch  7 front  8 replies
+--   9 meters  10 waiting  11 learned
+--
+-- How the limit holds over any window: a window (60 s) is 120 slots. A request counts in the slot of its grant and in
+-- the 123 after it, so two grants that do not count together lie more than 123 slots, 61.5 s, apart. A ticket is used
+-- within 3 slots (1.5 s) of its grant or given back, so such two reach the upstream more than 60 s apart: any 60 s at
+-- the upstream hold only grants that were counted together, and those never exceed the limit. The same with 20 slots
+-- for a sixth of the window, which gets at most a quarter. What is counted leaves after 124 slots, 62 s: under demand
+-- 60/62 = 96.8 % of a limit are used. (A token bucket with rate r and burst B lets r * 60 + B through in 60 s, and a
+-- refund into it may be spent where it was not taken from; a slot gives back exactly what it held.)
+-- Each lane has counts of its own, since batch leaves `share` of every limit to interactive.
+
+local call, KEYS, ARGV = redis.call, KEYS, ARGV
+local floor, max, min = math.floor, math.max, math.min
+local METER, USED, TICKETS, HELD, LINES, FRONT = KEYS[1], KEYS[2], KEYS[3], KEYS[4], {[0] = KEYS[5], KEYS[6]}, KEYS[7]
+local MEASURES, WAITING, LEARNED = KEYS[9], KEYS[10], KEYS[11]
+
+local SLOTS, SLACK = 120, 3
+local KEPT = 86400000 -- ms: what a meter has learned about its answers
+local FIELDS = {'window', 'from', 'near', 'r', 't', 'br', 'bt', 'rn', 'tn', 'brn', 'btn', 'behind', 'streak', 'holding',
+  'kept', 'rpm', 'tpm', 'streams', 'share', 'cooling', 'pace', 'paced', 'base', 'rpm_seen', 'tpm_seen', 'seen', 'mean',
+  'deviation', 'samples'}
+local COUNTS = 15 -- the fields up to here change with every call
+
+local clock = call('TIME')
+local now = clock[1] * 1000 + floor(clock[2] / 1000)
+local m, read = {}, {}
+local width, slot, running, keep
+
+local function int(number)
+  return string.format('%.0f', number)
+end
+
+-- Take the slots before `first` out of the counts that end in `suffix`; returns the oldest slot that counts.
+local function slide(from, first, suffix, drop)
+  if from >= first then
+    return from
+  end
+  local r, t, br, bt = 'r' .. suffix, 't' .. suffix, 'br' .. suffix, 'bt' .. suffix
+  if first - from > SLOTS + SLACK then
+    m[r], m[t], m[br], m[bt] = 0, 0, 0, 0
+    if drop then
+      call('DEL', USED)
+    end
+    return first
+  end
+  for i = from, first - 1 do
+    if m[r] == 0 and m[t] == 0 then
+      break
+    end
+    local v = call('HMGET', USED, 'r' .. i, 't' .. i, 'br' .. i, 'bt' .. i)
+    m[r], m[t] = m[r] - (v[1] or 0), m[t] - (v[2] or 0)
+    m[br], m[bt] = m[br] - (v[3] or 0), m[bt] - (v[4] or 0)
+    if drop and (v[1] or v[2]) then
+      call('HDEL', USED, 'r' .. i, 't' .. i, 'br' .. i, 'bt' .. i)
+    end
+  end
+  return first
+end
+
+-- Read the meter and bring its counts up to now. `window` (ms) nil: as it was; `look`: and write nothing.
+local function open_meter(window, look)
+  local found = call('HMGET', METER, unpack(FIELDS))
+  for i, name in ipairs(FIELDS) do
+    local value = tonumber(found[i] or 0)
+    m[name], read[name] = value, value
+  end
+  if window and m.window ~= window then -- slots of another width say nothing
+    call('DEL', USED)
+    for i = 2, 11 do
+      m[FIELDS[i]] = 0
+    end
+    m.kept = 0
+    m.window = window
+  end
+  width = max(1, floor(m.window / SLOTS))
+  slot = floor(now / width)
+  m.near = slide(m.near, slot - floor(SLOTS / 6) - SLACK, 'n', false)
+  m.from = slide(m.from, slot - SLOTS - SLACK, '', not look)
+  if look then
+    running = call('ZCOUNT', TICKETS, '(' .. int(now), '+inf')
+    return
+  end
+  -- Leases that ran out: the streams come back, what was reserved counts as used.
+  local lost = call('ZRANGEBYSCORE', TICKETS, '-inf', now, 'LIMIT', 0, 500)
+  for _, ticket in ipairs(lost) do
+    local record = call('HGET', HELD, ticket)
+    if record and string.sub(record, 1, 1) == '1' then
+      m.holding = m.holding - 1
+    end
+    call('HDEL', HELD, ticket)
+    call('ZREM', TICKETS, ticket)
+  end
+  running = call('ZCARD', TICKETS)
+  -- Times to live are set where a key begins, and again six times a window.
+  keep = now - m.kept >= m.window / 6
+  if keep then
+    m.kept = now
+  end
+end
+
+local function save_meter(lease)
+  local changed, n = {}, 0
+  for i = 1, COUNTS do
+    local name = FIELDS[i]
+    if m[name] ~= read[name] then
+      changed[n + 1], changed[n + 2] = name, int(m[name])
+      n = n + 2
+    end
+  end
+  if n > 0 then
+    call('HSET', METER, unpack(changed))
+  end
+  if keep then
+    call('PEXPIRE', METER, KEPT)
+    call('PEXPIRE', USED, 3 * m.window)
+  end
+  if lease and keep then
+    call('PEXPIRE', TICKETS, lease + m.window)
+    call('PEXPIRE', HELD, lease + m.window)
+  end
+end
+
+-- Add to the counts of a slot. A slot that has left gives nothing back.
+local function count(at, lane, requests, tokens)
+  if at < m.from then
+    return
+  end
+  local function add(prefix)
+    if requests ~= 0 and call('HINCRBY', USED, prefix .. 'r' .. at, int(requests)) == requests then
+      call('PEXPIRE', USED, 3 * m.window) -- the first of a slot
+    end
+    if tokens ~= 0 then
+      call('HINCRBY', USED, prefix .. 't' .. at, int(tokens))
+    end
+    m[prefix .. 'r'], m[prefix .. 't'] = m[prefix .. 'r'] + requests, m[prefix .. 't'] + tokens
+    if at >= m.near then
+      m[prefix .. 'rn'], m[prefix .. 'tn'] = m[prefix .. 'rn'] + requests, m[prefix .. 'tn'] + tokens
+    end
+  end
+  add('')
+  if lane == 1 then
+    add('b')
+  end
+end
+
+-- Requests and tokens a window as they are now: what was set, what the upstream says, what it was slowed down to. 0: none.
+local function limits()
+  local rpm, tpm = m.rpm, m.tpm
+  if m.seen > now then
+    if m.rpm_seen > 0 then
+      rpm = rpm > 0 and min(rpm, m.rpm_seen) or m.rpm_seen
+    end
+    if m.tpm_seen > 0 then
+      tpm = tpm > 0 and min(tpm, m.tpm_seen) or m.tpm_seen
+    end
+  end
+  if m.pace > 0 then -- 5 % more every sixth of a window
+    local pace = m.pace * 1.05 ^ ((now - m.paced) / (m.window / 6))
+    if pace < (m.rpm > 0 and m.rpm or 4 * m.base) then
+      rpm = rpm > 0 and min(rpm, pace) or pace
+    end
+  end
+  return rpm, tpm
+end
+
+-- What batch may take of a limit.
+local function part(limit)
+  return max(1, floor(limit * (1 - m.share)))
+end
+
+-- What a sixth of the window gets. Below 8 a quarter rounded down would leave no way to use the limit up.
+local function near_limit(limit)
+  return limit < 8 and math.ceil(limit / 4) or floor(limit / 4)
+end
+
+-- When the oldest slot that counts leaves.
+local function leaves(from, field, span)
+  for i = from, slot do
+    if tonumber(call('HGET', USED, field .. i) or 0) > 0 then
+      return (i + span + SLACK + 1) * width
+    end
+  end
+  return now + width
+end
+
+-- Until when one measure holds a request of this cost back, or nil. A cost over a part of the limit goes alone.
+local function held_back(field, lane, cost, limit)
+  if limit <= 0 then
+    return nil
+  end
+  local near = near_limit(limit)
+  if m[field] > 0 and m[field] + cost > limit then
+    return leaves(m.from, field, SLOTS)
+  end
+  if m[field .. 'n'] > 0 and m[field .. 'n'] + cost > near then
+    return leaves(m.near, field, floor(SLOTS / 6))
+  end
+  if lane == 1 then
+    local mine = 'b' .. field
+    if m[mine] > 0 and m[mine] + cost > part(limit) then
+      return leaves(m.from, mine, SLOTS)
+    end
+    if m[mine .. 'n'] > 0 and m[mine .. 'n'] + cost > math.ceil(near * (1 - m.share)) then
+      return leaves(m.near, mine, floor(SLOTS / 6))
+    end
+  end
+  return nil
+end
+
+-- Why a request may not be made now and when to ask again (ms, the earliest): nil when it may.
+local function blocked(lane, tokens)
+  if m.cooling > now then
+    return 'cooling', m.cooling
+  end
+  local rpm, tpm = limits()
+  local at = held_back('r', lane, 1, rpm)
+  local why = at and 'requests'
+  local later = held_back('t', lane, tokens, tpm)
+  if later and later > (at or 0) then
+    why, at = 'tokens', later
+  end
+  if m.streams > 0 then
+    local full = running >= m.streams or (lane == 1 and m.holding >= part(m.streams))
+    if full and (at or 0) < now + 2 * width then -- nobody knows when a stream ends: its settle says so
+      why, at = why or 'streams', now + 2 * width
+    end
+  end
+  return why, at
+end
+
+-- Tokens to reserve: the prompt and the most it may answer; where that is not said, what such answers took lately.
+local function cost_of(prompt, most)
+  if most ~= '' then
+    return prompt + most
+  end
+  local answer = m.samples >= 5 and math.ceil(m.mean + 2 * m.deviation) or 1000
+  local tokens = prompt + answer
+  return m.tpm > 0 and min(tokens, max(m.tpm, tonumber(prompt))) or tokens
+end
+
+local function grant(ticket, lane, tokens, lease)
+  count(slot, lane, 1, tokens)
+  call('HSET', HELD, ticket, lane .. ':' .. int(slot) .. ':' .. int(tokens))
+  call('ZADD', TICKETS, now + lease, ticket)
+  if running == 0 then
+    call('PEXPIRE', TICKETS, lease + m.window)
+    call('PEXPIRE', HELD, lease + m.window)
+  end
+  running = running + 1
+  m.holding = m.holding + lane
+end
+
+local function set_limits(name, rpm, tpm, streams, share)
+  if m.rpm ~= rpm or m.tpm ~= tpm or m.streams ~= streams or m.share ~= share then
+    m.rpm, m.tpm, m.streams, m.share = rpm, tpm, streams, share
+    call('HSET', METER, 'rpm', rpm, 'tpm', tpm, 'streams', streams, 'share', share)
+  end
+  if keep then
+    call('ZADD', MEASURES, now + KEPT, name)
+    call('PEXPIRE', MEASURES, KEPT)
+  end
+end

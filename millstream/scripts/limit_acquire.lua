@@ -1,0 +1,138 @@
+-- limit_acquire: jobs join the line of their meter; then the first of the line get tickets, as many as may be asked now.
+--
+-- KEYS  1 to 11 as _meter says  12 RQ's intermediate list of interactive  13 of batch  then per job: its state
+-- ARGV  1 the meter's name  2 requests  3 tokens a window  4 streams at once (0: no limit)  5 interactive's share
+--       6 window (ms)  7 lease of a ticket (ms)  8 who asks  9 a random id of this call
+--       10 how many tickets at most  11 the lanes to serve: 0 interactive, 1 batch ('01', '0', '1')
+--       12 what a job waits for, JSON without its closing brace  13 number of jobs, then per job:
+--       delivery, lane, place (when it was submitted, ms), tokens of the prompt, most tokens of the answer ('': unknown)
+-- Returns {waiting, ms until it is worth asking again (-1: nobody waits), why, granted 'DELIVERY:TOKENS ...', too large
+-- 'DELIVERY:TOKENS ...'}. Granted deliveries may be others than those that joined: who comes first goes first. A
+-- delivery is its own ticket. All of a request is granted, or nothing; who waits has used nothing.
+-- A job that stays in line says so in its state, and its delivery leaves the intermediate list for the line.
+-- Interactive goes first, but of twenty tickets one is batch's when both wait.
+-- A lost reply may be retried: the last answer to each asker is kept for a minute.
+-- flags: allow-oom
+-- uses: _meter
+
+local REPLIES, asker, id = KEYS[8], ARGV[8], ARGV[9]
+local before = call('HGET', REPLIES, asker)
+if before and string.sub(before, 1, #id + 1) == id .. '|' then
+  local waiting, wait, why, granted, large = string.match(before, '^[^|]*|([^|]*)|([^|]*)|([^|]*)|([^|]*)|(.*)$')
+  return {tonumber(waiting), tonumber(wait), why, granted, large}
+end
+
+local name, window, lease = ARGV[1], tonumber(ARGV[6]), tonumber(ARGV[7])
+local want, jobs = tonumber(ARGV[10]), tonumber(ARGV[13])
+open_meter(window)
+set_limits(name, tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5]))
+
+local joined, large = {}, {}
+for i = 1, jobs do
+  local from = 9 + 5 * i
+  local delivery, lane, tokens = ARGV[from], tonumber(ARGV[from + 1]), cost_of(ARGV[from + 3], ARGV[from + 4])
+  local member = delivery .. ':' .. int(tokens)
+  if m.tpm > 0 and tokens > m.tpm then
+    large[#large + 1] = member
+  elseif call('ZADD', LINES[lane], ARGV[from + 2], member) == 1 then
+    m.behind = m.behind + tokens
+    joined[#joined + 1] = {member, lane, delivery, KEYS[13 + i]}
+  end
+end
+
+local waits = {[0] = call('ZCARD', LINES[0]), call('ZCARD', LINES[1])}
+local heads = {}
+local function head(lane)
+  if not heads[lane] and waits[lane] > 0 and string.find(ARGV[11], lane, 1, true) then
+    heads[lane] = call('ZRANGE', LINES[lane], 0, 0)[1]
+  end
+  return heads[lane]
+end
+local function tokens_of(member)
+  return tonumber(string.match(member, '%d+$'))
+end
+
+-- Requests again within an attempt go before the line; a place there lapses with its score.
+local granted, why, at, foreign = {}, '', nil, false
+local front = call('ZCOUNT', FRONT, '(' .. int(now), '+inf') > 0
+while want > 0 do
+  local chat, row = head(0), head(1)
+  local lane = chat and not (row and m.streak >= 19) and 0 or 1
+  local member = head(lane)
+  if not member then
+    foreign = waits[0] + waits[1] > 0 -- who waits is of a lane that others serve
+    break
+  end
+  if front then
+    why, at = 'requests', now + width
+    break
+  end
+  local tokens = tokens_of(member)
+  why, at = blocked(lane, tokens)
+  if why and lane == 1 and chat then -- its turn has come, its share is used up
+    lane, member = 0, chat
+    tokens = tokens_of(member)
+    why, at = blocked(lane, tokens)
+  end
+  if why then
+    break
+  end
+  call('ZREM', LINES[lane], member)
+  waits[lane] = waits[lane] - 1
+  heads[lane] = nil
+  m.behind = m.behind - tokens
+  m.streak = lane == 0 and row and m.streak + 1 or 0
+  grant(string.match(member, '^(.*):%d+$'), lane, tokens, lease)
+  granted[#granted + 1] = member
+  want = want - 1
+end
+
+local waiting = waits[0] + waits[1]
+local wait = -1
+if waiting > 0 then
+  at = at or now
+  wait = max(0, at - now)
+  if call('ZADD', WAITING, at, name) == 1 or keep or #joined > 0 then
+    call('PEXPIRE', WAITING, KEPT)
+    call('PEXPIRE', LINES[0], KEPT)
+    call('PEXPIRE', LINES[1], KEPT)
+  end
+  wait = foreign and 1000 or wait
+else
+  m.behind = 0
+  call('ZREM', WAITING, name)
+end
+
+-- When a place's turn comes, about: by requests, by tokens, whichever takes longer.
+local function turn(lane, rank)
+  local rpm, tpm = limits()
+  local share = lane == 1 and 1 - m.share or 1
+  local ahead = 0
+  if rpm > 0 then
+    ahead = (rank + lane * waits[0]) / max(1, rpm * share) * m.window
+  end
+  if tpm > 0 then
+    ahead = max(ahead, m.behind * (rank + 1) / max(1, waiting) / max(1, tpm * share) * m.window)
+  end
+  return int(max(at or now, now + ahead))
+end
+
+for _, job in ipairs(joined) do
+  local member, lane, delivery, state = unpack(job)
+  local rank = call('ZRANK', LINES[lane], member)
+  if rank then
+    call('LREM', KEYS[12 + lane], 1, delivery)
+    if call('HGET', state, 'status') == 'queued' then
+      call('HSET', state, 'wait', ARGV[12] .. ',"because":"' .. (why or 'requests') .. '"}', 'until', turn(lane, rank),
+        'line', LINES[lane], 'place', member)
+    end
+  end
+end
+
+save_meter(lease)
+local reply = {waiting, wait, why or '', table.concat(granted, ' '), table.concat(large, ' ')}
+call('HSET', REPLIES, asker, id .. '|' .. int(waiting) .. '|' .. int(wait) .. '|' .. reply[3] .. '|' .. reply[4] .. '|' .. reply[5])
+if not before or keep then
+  call('PEXPIRE', REPLIES, max(60000, window))
+end
+return reply

@@ -1,0 +1,38 @@
+-- limit_again: leave for a further request of a job that runs already: a retry, a continuation, a restart.
+--
+-- KEYS  1 to 11 as _meter says
+-- ARGV  1 to 7 as limit_acquire  8 ticket  9 lane (0 interactive, 1 batch)  10 tokens of the prompt  11 most tokens of the
+--       answer ('': unknown)  12 ms the job may wait where it is
+-- Returns {'granted', tokens}  {'too_large', tokens, limit}  {'wait', ms, why}: nothing was used; ask again then
+-- Such a request goes before the line. When its wait is short enough, the line stands still for it until 2 s after its
+-- time: by then whoever waits has asked again, or is dead.
+-- A lost reply may be retried: a ticket that is held is granted.
+-- flags: allow-oom
+-- uses: _meter
+
+local name, lease, ticket, lane = ARGV[1], tonumber(ARGV[7]), ARGV[8], tonumber(ARGV[9])
+local held = call('HGET', HELD, ticket)
+if held then
+  return {'granted', tonumber(string.match(held, '%d+$'))}
+end
+open_meter(tonumber(ARGV[6]))
+set_limits(name, tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5]))
+local tokens = cost_of(ARGV[10], ARGV[11])
+if m.tpm > 0 and tokens > m.tpm then
+  return {'too_large', tokens, m.tpm}
+end
+local why, at = blocked(lane, tokens)
+if why then
+  local wait = max(1, at - now)
+  if wait <= tonumber(ARGV[12]) then
+    call('ZADD', FRONT, at + 2000, ticket)
+    call('PEXPIRE', FRONT, wait + 2000)
+  end
+  save_meter()
+  return {'wait', wait, why}
+end
+call('ZREM', FRONT, ticket)
+call('ZREMRANGEBYSCORE', FRONT, '-inf', now)
+grant(ticket, lane, tokens, lease)
+save_meter(lease)
+return {'granted', tokens}

@@ -1,0 +1,68 @@
+"""The command limits: a row for each meter. A table for people, TSV in a pipe, JSON for programs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Final
+
+from millstream.client import Client
+from millstream.meters import Gauge, Use
+from millstream.terminal import printable
+
+from . import exits
+from .standard import Standard
+
+COLUMNS: Final = (
+    "upstream", "model", "requests", "tokens", "streams", "waiting", "waiting_batch", "next_at", "cooling_until"
+)  # fmt: skip
+
+
+def run(arguments: argparse.Namespace, client: Client, standard: Standard) -> int:
+    """Each meter: what is in use of its limits, how many jobs wait, when the next is due, until when it cools."""
+    found = client.limits()
+    if arguments.json:
+        for each in found:
+            standard.write_json(each)
+    elif standard.terminal:
+        _table(found, standard)
+    else:
+        for each in found:
+            standard.write("\t".join(printable(cell) for cell in _cells(each, standard)) + "\n")
+    return exits.DONE
+
+
+def _cells(gauge: Gauge, standard: Standard) -> list[str]:
+    interactive, batch = gauge.waiting["interactive"], gauge.waiting["batch"]
+    return [
+        gauge.upstream, gauge.model, _use(gauge.requests), _use(gauge.tokens), _use(gauge.streams),
+        str(interactive), str(batch), _time(gauge.next_at, standard), _time(gauge.cooling_until, standard),
+    ]  # fmt: skip
+
+
+def _use(use: Use) -> str:
+    return f"{use.used}/{'-' if use.limit is None else use.limit}"
+
+
+def _time(at: float | None, standard: Standard) -> str:
+    if at is None:
+        return ""
+    when = datetime.fromtimestamp(at, UTC)
+    return f"{when.astimezone():%H:%M:%S}" if standard.terminal else f"{when:%Y-%m-%dT%H:%M:%S.%f}"[:-3] + "Z"
+
+
+def _table(found: Sequence[Gauge], standard: Standard) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    if not found:
+        standard.say("no limits: none is set for a worker, and no upstream has asked for one")
+        return
+    table = Table(box=SIMPLE_HEAD)
+    for name in COLUMNS:
+        table.add_column(name.removesuffix("_at").replace("_", " "), overflow="fold")
+    for each in found:
+        table.add_row(*[Text(printable(cell)) for cell in _cells(each, standard)])
+    standard.console().print(table)

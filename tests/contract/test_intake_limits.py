@@ -1,0 +1,203 @@
+"""The real intake of several workers on one server; what a relay would do is a nap."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import pytest
+
+from millstream import AsyncClient, Client, Settings
+from millstream.calls import Claim, Ending, Frame, append, holder
+from millstream.errors import SpecError
+from millstream.events import compact
+from millstream.job import Spec
+from millstream.meters import Limits, Meter, learn
+from millstream.redis_door import connect
+from tests.oracle import end_cool_down, end_line
+from worker.choice import GuardedUpstream, Upstreams
+from worker.clerk import Clerk
+from worker.intake import Intake
+from worker.limiter import Grant, Limiter, TooLarge
+from worker.line import Line
+from worker.rq_worker import Entry, StreamWorker
+from worker.tickets import Leave, Tickets
+from worker.upstream import UpstreamSettings
+
+LANES: Final = ("interactive", "batch")
+
+
+@pytest.fixture
+def backend() -> str:
+    """A real server alone: several clients block on it at once."""
+    return "valkey"
+
+
+@dataclass
+class Desk:
+    """One worker's intake. Its jobs take `nap` seconds and end as completed."""
+
+    settings: Settings
+    client: AsyncClient
+    limiter: Limiter
+    clerk: Clerk
+    nap: float
+    started: list[tuple[float, str, Leave]]
+    intake: Intake = field(init=False)
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def begin(self, entry: Entry, spec: Spec | SpecError, token: str, claim: Claim, leave: Leave) -> None:
+        assert isinstance(spec, Spec)
+        self.started.append((asyncio.get_running_loop().time(), entry.job_id, leave))
+        task = asyncio.create_task(self._run(entry, token, claim, leave))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def _run(self, entry: Entry, token: str, claim: Claim, leave: Leave) -> None:
+        await asyncio.sleep(self.nap)
+        keys = self.settings.keys
+        done, ending = compact("completed", finish_reasons={0: "stop"}), Ending("completed", b'{"0":"stop"}')
+        by = holder(token, claim.attempt)
+        frame = Frame(entry.job_id, keys.written(entry.job_id), by, claim.seq + 1, [done], b"", ending)
+        await self.client.run(append(keys, self.settings.lease, [frame]))
+        if isinstance(leave, Grant):
+            self.limiter.settle(leave, 10, 5)
+        self.clerk.ended(entry, "completed")
+        self.intake.free()
+
+
+@asynccontextmanager
+async def fleet(
+    settings: Settings, limits: Limits, *, workers: int = 1, slots: int = 200, nap: float = 0.01, **more: Limits
+) -> AsyncIterator[tuple[list[Desk], list[tuple[float, str, Leave]]]]:
+    """Intakes that run, and the list of what began: when, which job, with what leave."""
+    desks: list[Desk] = []
+    started: list[tuple[float, str, Leave]] = []
+    running: list[asyncio.Task[Any]] = []
+    intakes: list[asyncio.Task[None]] = []
+    lines: list[Line] = []
+    upstream = GuardedUpstream(
+        UpstreamSettings(name="up", base_url="http://127.0.0.1:9/v1", limits=limits, models_limits=more),
+        connections=1, connect_timeout=1,
+    )  # fmt: skip
+    for number in range(workers):
+        client = AsyncClient(settings=settings)
+        queues = [settings.keys.queue(lane) for lane in LANES]
+        worker = StreamWorker(queues, connect(settings.redis_url), f"w{number}")
+        line = Line(settings.redis_url)
+        lines.append(line)
+        limiter = Limiter(
+            line.run, settings.keys, lease=settings.lease, asker=f"w{number}", upstreams=[upstream], lanes=LANES,
+            intermediate=[worker.intermediate_of(queue) for queue in queues],
+        )  # fmt: skip
+        clerk = Clerk(worker)
+        desk = Desk(settings, client, limiter, clerk, nap, started)
+        tickets = Tickets(client, Upstreams([upstream]), limiter)
+        desk.intake = Intake(client, worker, clerk, slots, desk.begin, tickets)
+        desks.append(desk)
+        running += map(asyncio.create_task, (limiter.run(), clerk.run()))
+        intakes.append(asyncio.create_task(desk.intake.run(burst=False)))
+    try:
+        yield desks, started
+    finally:
+        for desk in desks:
+            desk.intake.stop()
+        await asyncio.gather(*intakes)
+        await until(lambda: not any(desk.tasks for desk in desks))
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        for desk in desks:
+            await desk.limiter.flush()
+            await desk.clerk.flush()
+        await desks[0].client.redis.delete(*(f"rq:finished:{settings.keys.queue(lane)}" for lane in LANES))
+        for desk in desks:
+            desk.clerk._thread.shutdown()
+            await desk.client.close()
+        for line in lines:
+            line.close()
+        await upstream.close()
+
+
+async def until(holds: Callable[[], Any], within: float = 20.0) -> None:
+    async with asyncio.timeout(within):
+        while not holds():  # noqa: ASYNC110 - what is waited for is in another client's hands, or in Redis
+            await asyncio.sleep(0.005)
+
+
+def submit(client: Client, count: int, **asked: Any) -> list[str]:
+    return [client.submit("x", id=f"{asked.get('lane', 'job')}-{number}", **asked).id for number in range(count)]
+
+
+async def test_the_line_is_served_in_order_by_all(client: Client, settings: Settings) -> None:
+    """Three workers, one limit: every job runs once, with a ticket, and none before one that was submitted earlier."""
+    limits = Limits(requests=80, window=2.0)
+    client.run(learn(client.keys, Meter("up", "m", limits), cool=60))
+    submit(client, 60, model="m")
+    async with fleet(settings, limits, workers=3) as (_, started):
+        await until(lambda: client.limits()[0].waiting["interactive"] == 60)
+        end_cool_down(client.redis, client.keys, "up/m")
+        await until(lambda: len(started) == 60)
+    assert all(isinstance(leave, Grant) for _, _, leave in started)
+    order = [int(job_id.partition("-")[2]) for _, job_id, _ in started]
+    assert sorted(order) == list(range(60))
+    assert max(abs(place - number) for place, number in enumerate(order)) <= 20, "but for those of one slot"
+    assert client.limits()[0].streams.used == 0
+    assert client.limits()[0].requests.limit == 80
+
+
+async def test_a_full_meter_is_in_nobodys_way(client: Client, settings: Settings) -> None:
+    """Two slots, a hundred jobs that wait for a limit: a job of another model begins at once."""
+    submit(client, 100, model="tight", lane="batch")
+    async with fleet(settings, Limits(), slots=2, nap=1.0, tight=Limits(streams=1)) as (_, started):
+        await until(lambda: client.redis.llen("rq:queue:millstream-batch") == 0)
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        client.submit("x", id="other", model="other")
+        await until(lambda: "other" in [job_id for _, job_id, _ in started])
+        assert loop.time() - began < 0.9
+        assert client.redis.llen("rq:queue:millstream-batch") == 0
+        for number in range(100):
+            client.cancel(f"batch-{number}")
+    (other,) = [leave for _, job_id, leave in started if job_id == "other"]
+    assert other is None, "without a limit no ticket is asked for"
+
+
+async def test_a_cancelled_job_in_line_gives_its_ticket_back(client: Client, settings: Settings) -> None:
+    """It ends at once, never begins, and uses nothing up."""
+    submit(client, 30, model="m")
+    async with fleet(settings, Limits(streams=1), nap=1.0) as (_, started):
+        await until(lambda: started and client.redis.llen("rq:queue:millstream-interactive") == 0)
+        for number in range(1, 29):
+            assert client.cancel(f"job-{number}") == "cancelled"
+        await until(lambda: len(started) == 2)
+        assert [job_id for _, job_id, _ in started] == ["job-0", "job-29"]
+    gauge = client.limits()[0]
+    assert (gauge.requests.used, gauge.streams.used, gauge.waiting["interactive"]) == (2, 0, 0)
+
+
+async def test_a_job_too_large_is_claimed_to_fail(client: Client, settings: Settings) -> None:
+    """Its relay ends it; it never waits."""
+    client.submit("x", id="large", model="m", max_tokens=2000)
+    async with fleet(settings, Limits(tokens=1000)) as (_, started):
+        await until(lambda: started)
+    assert isinstance(started[0][2], TooLarge)
+
+
+async def test_ten_thousand_waiting_jobs_cost_next_to_nothing(client: Client, settings: Settings) -> None:
+    """Each delivery is moved once; afterwards a worker asks a few times a second, whatever waits."""
+    client.submit_many([{"prompt": "x", "id": f"b{number}", "model": "m", "lane": "batch"} for number in range(2000)])
+    async with fleet(settings, Limits(requests=8), workers=2) as (_, started):
+        await until(lambda: client.limits() and client.limits()[0].waiting["batch"] >= 1996)
+        before = client.redis.info("commandstats")
+        await asyncio.sleep(2.0)
+        after = client.redis.info("commandstats")
+        calls = {name: after[name]["calls"] - before.get(name, {"calls": 0})["calls"] for name in after}
+        assert calls["cmdstat_evalsha"] <= 2 * 2.0 * 10, calls
+        assert calls.get("cmdstat_hgetall", 0) <= 2 * len(started), "no job is read again while it waits"
+    end_line(client.redis, client.keys, "up/m", "batch")
+    for number in range(2000):
+        client.cancel(f"b{number}")

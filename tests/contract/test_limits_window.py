@@ -1,0 +1,181 @@
+"""No schedule of jobs breaks a limit: the scripts themselves, on a clock that the test moves."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Final
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from millstream import Client
+from millstream.calls import Call, T
+from millstream.meters import SLACK, UNUSED, WINDOW, Limits, Meter, Place, Settlement, acquire, settle
+from millstream.testing import fake_client
+
+SLOT: Final = WINDOW / 120
+
+
+class Clock:
+    """What the fake server takes for the time."""
+
+    def __init__(self) -> None:
+        self.now = 1_800_000_000.0
+
+    def time(self) -> float:
+        return self.now
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(time, name)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The server's clock, in the test's hand."""
+    made = Clock()
+    for module in ("commands_mixins.server_mixin", "_helpers", "_socket._base"):
+        monkeypatch.setattr(f"fakeredis.{module}.time", made)
+    return made
+
+
+@dataclass
+class Upstream:
+    """Counts what arrives, each request a moment after its ticket, as late as a worker may be."""
+
+    arrived: list[tuple[float, int]] = field(default_factory=list)
+
+    def most(self, span: float) -> tuple[int, int]:
+        """The most requests and tokens that any so many seconds held, both ends included."""
+        times = sorted(self.arrived)
+        worst, first, tokens = (0, 0), 0, 0
+        for last, (at, cost) in enumerate(times):
+            tokens += cost
+            while at - times[first][0] > span:
+                tokens -= times[first][1]
+                first += 1
+            worst = max(worst[0], last - first + 1), max(worst[1], tokens)
+        return worst
+
+
+@dataclass
+class Fleet:
+    """Workers that all want tickets, on one meter."""
+
+    client: Client
+    clock: Clock
+    limits: Limits
+    upstream: Upstream = field(default_factory=Upstream)
+    held: dict[str, tuple[float, float, int]] = field(default_factory=dict)
+    number: int = 0
+    order: list[int] = field(default_factory=list)
+
+    def run(self, call: Call[T]) -> T:
+        return self.client.run(call)
+
+    def join(self, count: int, lane: str, most: int) -> None:
+        places = []
+        for _ in range(count):
+            self.number += 1
+            places.append(Place(f"j{self.number}-00000000", f"j{self.number}", lane, self.number, 0, most))
+        self.ask(places, 0)
+
+    def ask(self, places: list[Place], want: int, delay: float = 0.0) -> int:
+        found = self.run(
+            acquire(
+                self.client.keys, Meter("up", "m", self.limits), places, lease=15.0, asker="w",
+                call_id=secrets.token_hex(8), want=want, lanes=("interactive", "batch"), intermediate=("i", "b"),
+            )
+        )  # fmt: skip
+        for delivery, tokens in found.granted.items():
+            self.held[delivery] = (self.clock.now, self.clock.now + delay, tokens)
+            self.order.append(int(delivery.partition("-")[0][1:]))
+        return len(found.granted)
+
+    def settle(self, part: float) -> None:
+        """One ticket of those held ends: it took this part of what was reserved, or was given back unused."""
+        if not self.held:
+            return
+        delivery, (_, arrives, reserved) = self.held.popitem()
+        took = UNUSED if part < 0 else int(reserved * part)
+        if took != UNUSED:
+            self.upstream.arrived.append((arrives, took))
+        self.run(settle(self.client.keys, "up/m", [Settlement(delivery, took)]))
+
+    def end(self) -> None:
+        self.upstream.arrived += [(arrives, tokens) for _, arrives, tokens in self.held.values()]
+
+
+STEP = st.tuples(
+    st.integers(0, 12), st.sampled_from(["interactive", "batch"]), st.integers(1, 400), st.floats(0.0, 8.0),
+    st.floats(0.0, WINDOW * SLACK), st.integers(0, 40), st.lists(st.floats(-0.3, 1.0), max_size=6),
+)  # fmt: skip
+"""Jobs that join and how large they are, seconds that pass, how late requests are, tickets wanted, settlements."""
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(limits=st.tuples(st.integers(8, 120), st.integers(400, 6000)), schedule=st.lists(STEP, min_size=5, max_size=50))
+def test_no_window_holds_more_than_the_limit(
+    clock: Clock, limits: tuple[int, int],
+    schedule: list[tuple[int, str, int, float, float, int, list[float]]],
+) -> None:  # fmt: skip
+    """Any minute at the upstream: at most the requests and tokens of the limit; any ten seconds: at most a quarter.
+
+    Whatever joins, whatever is settled, given back or late; but a single request larger than a quarter goes alone.
+    """
+    requests, tokens = limits
+    with fake_client() as client:
+        fleet = Fleet(client, clock, Limits(requests, tokens))
+        for count, lane, most, passes, late, want, settlements in schedule:
+            fleet.join(count, lane, most)
+            fleet.ask([], want, late)
+            for part in settlements:
+                fleet.settle(part)
+            clock.now += passes
+        fleet.end()
+    minute, near = fleet.upstream.most(WINDOW), fleet.upstream.most(WINDOW / 6)
+    assert minute[0] <= requests
+    assert minute[1] <= tokens
+    assert near[0] <= requests // 4
+    largest = max((cost for _, cost in fleet.upstream.arrived), default=0)
+    assert near[1] <= max(tokens // 4, largest)
+
+
+@pytest.mark.parametrize(("requests", "tokens", "cost"), [(60, 0, 10), (600, 0, 10), (0, 20_000, 150), (97, 9000, 90)])
+def test_nearly_all_of_a_limit_is_used(clock: Clock, requests: int, tokens: int, cost: int) -> None:
+    """Under demand every minute holds at least 95 % of the limit, in the order of submission."""
+    most = min(each for each in (requests, tokens // cost) if each)
+    with fake_client() as client:
+        fleet = Fleet(client, clock, Limits(requests, tokens))
+        fleet.join(5 * most + 50, "interactive", cost)
+        began = clock.now
+        while clock.now < began + 5 * WINDOW:
+            fleet.ask([], 1000)
+            clock.now += SLOT / 2
+        fleet.end()
+    used = Counter(int((at - began) // WINDOW) for at, _ in fleet.upstream.arrived)
+    assert sum(used.values()) >= 0.95 * 5 * most
+    assert min(used.values()) >= 0.9 * most
+    assert fleet.upstream.most(WINDOW)[0] <= most
+    assert fleet.order == sorted(fleet.order)
+
+
+def test_batch_alone_leaves_the_share_of_interactive_unused(clock: Clock) -> None:
+    """Nine tenths, of each minute and of each ten seconds; interactive jobs find theirs at any moment."""
+    with fake_client() as client:
+        fleet = Fleet(client, clock, Limits(200))
+        fleet.join(2000, "batch", 10)
+        began, waits = clock.now, []
+        while clock.now < began + 3 * WINDOW:
+            fleet.ask([], 1000)
+            if int(clock.now - began) % 5 == 0 and (clock.now - began) % 1 == 0:
+                fleet.join(1, "interactive", 10)
+                waits.append(fleet.ask([], 1))
+            clock.now += SLOT / 2
+        fleet.end()
+    assert fleet.upstream.most(WINDOW)[0] <= 200
+    assert set(waits) == {1}, "none of them waited"
+    assert len(fleet.upstream.arrived) >= 0.86 * 3 * 200
