@@ -28,6 +28,9 @@ COMMAND_TIMEOUT: Final = 5.0
 TRANSIENT: Final = (RedisConnectionError, RedisTimeoutError, BusyLoadingError, ReadOnlyError)
 """What passes by itself: a restart, a failover, a dropped connection."""
 
+PASSING: Final = ("BUSY", "MISCONF", "MASTERDOWN", "NOREPLICAS", "TRYAGAIN")
+"""How a server's other refusals begin that pass when a script, a disk or a replica has come round."""
+
 
 def connect(url: str, **options: Any) -> redis.Redis:
     """A pool of blocking connections; nothing is sent yet. Raises SettingsError for a URL that cannot be used."""
@@ -98,10 +101,21 @@ def translated(url: str) -> Iterator[None]:
     try:
         yield
     except redis.exceptions.RedisError as error:
-        raise RedisUnavailable(_words(error, place(url))) from error
+        raise RedisUnavailable(words(error, url)) from error
 
 
-def _words(error: redis.exceptions.RedisError, where: str) -> str:
+def passes(error: RedisUnavailable) -> bool:
+    """Whether waiting may mend it: Redis is away, loading, full, or busy; not a wrong password or a missing right."""
+    cause = error.__cause__
+    if isinstance(cause, redis.exceptions.AuthenticationError | redis.exceptions.NoPermissionError):
+        return False
+    known = isinstance(cause, (*TRANSIENT, redis.exceptions.OutOfMemoryError))
+    return known or str(cause).startswith(PASSING)
+
+
+def words(error: redis.exceptions.RedisError, url: str) -> str:
+    """An error of redis-py in words for people."""
+    where = place(url)
     text = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
     if isinstance(error, redis.exceptions.AuthenticationError) or "NOAUTH" in text or "WRONGPASS" in text:
         return f"Redis at {where} refused the password; check REDIS_URL (redis://:PASSWORD@host:port/0)"

@@ -24,6 +24,7 @@ COMMANDS: Final = {
     "result": ("answers", "result"),
     "cancel": ("answers", "cancel"),
     "forget": ("answers", "forget"),
+    "batch": ("batch", "run"),
 }
 """Where each command is: a module of this room and a function in it. Imported when called, for a fast `--help`."""
 
