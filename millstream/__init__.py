@@ -13,6 +13,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .batch.answer import Answer
 from .errors import (
     JobCancelled,
     JobError,
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "AsyncClient", "Cancelled", "Chunk", "Client", "Completed", "Ended", "Event", "Failed", "Incomplete", "Job",
+    "Answer", "AsyncClient", "Cancelled", "Chunk", "Client", "Completed", "Ended", "Event", "Failed", "Incomplete", "Job",
     "JobCancelled", "JobError", "JobExists", "JobExpired", "JobFailed", "JobNotFound", "LogRewound", "MillstreamError",
     "RedisUnavailable", "Result", "ResultTimeout", "Resumed", "Retrying", "Settings", "SettingsError", "SpecError",
     "Started", "Status", "Transcript",

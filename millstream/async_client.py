@@ -14,6 +14,12 @@ from redis.asyncio.client import PubSub
 from redis.exceptions import NoScriptError
 
 from . import calls, job, reading, status
+from .batch.answer import Answer
+from .batch.course import FEED, WINDOW, Course, Hand, Listen, Pipe, Sleep, Take
+from .batch.row import Reader
+from .batch.source import AsyncObjects
+from .batch.source import AsyncSource as Source
+from .batch.source import GivenAsyncRows as GivenRows
 from .calls import Call, T
 from .errors import JobNotFound, RedisUnavailable
 from .events import Event
@@ -80,6 +86,56 @@ class AsyncClient(Face):
     async def forget(self, job_id: str) -> None:
         """Let Redis drop an ended job in a minute; who still reads it can finish."""
         await self.run(calls.forget(self.keys, job.check_id(job_id)))
+
+    # A batch -----------------------------------------------------------------------------------------------------
+
+    async def batch(
+        self, rows: GivenRows, *, window: int = WINDOW, lane: str = "batch", batch_id: str | None = None
+    ) -> AsyncGenerator[Answer]:
+        """Ask many rows, each in the format of the OpenAI Batch API; yield each Answer as its row ends, in any order.
+
+        `rows` is read lazily, so that at most `window` jobs are open. A row that cannot be asked is an Answer too. What
+        was yielded is dropped from Redis when you come back for more. Given the same `batch_id`, the same rows are the
+        same jobs: those that were open or not yet yielded are picked up again. Raises RedisUnavailable at its
+        beginning; later outages are waited out.
+        """
+        reader = Reader(batch_id or job.new_id(), lane=lane)
+        source = AsyncObjects(rows, reader)
+        async with aclosing(source), aclosing(self.run_batch(self.course(window), source)) as lists:
+            async for answers in lists:
+                for answer in answers:
+                    yield answer
+
+    async def run_batch(self, course: Course, source: Source) -> AsyncGenerator[list[Answer]]:
+        """Answers as they come, in lists; an empty list at least every second. Coming back for more says: kept."""
+        steps = course.steps()
+        reply: Any = None
+        while True:
+            try:
+                ask = steps.throw(reply) if isinstance(reply, RedisUnavailable) else steps.send(reply)
+            except StopIteration:
+                return
+            reply = None
+            if isinstance(ask, Hand):
+                yield ask.answers
+            elif isinstance(ask, Take):
+                reply = await source.take(ask.most)
+            elif isinstance(ask, Sleep):
+                await asyncio.sleep(ask.seconds)
+            else:
+                reply = await self._reply(ask)
+
+    async def _reply(self, ask: Pipe | Listen) -> Any:
+        try:
+            with translated(self._url):
+                if isinstance(ask, Pipe):
+                    pipe = self.redis.pipeline(transaction=False)
+                    ask.fill(pipe)
+                    return await pipe.execute(raise_on_error=False)
+                found = await self.redis.xread({ask.key: ask.cursor}, count=FEED, block=ask.milliseconds)
+                return found[0][1] if found else []
+        except RedisUnavailable as error:
+            return error
 
     # Looking -----------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -17,7 +17,7 @@ from . import calls, job, reading, status
 from .batch.answer import Answer
 from .batch.course import FEED, WINDOW, Course, Hand, Listen, Pipe, Sleep, Take
 from .batch.row import Reader
-from .batch.source import Objects, Source
+from .batch.source import GivenRows, Objects, Source
 from .calls import Call, T
 from .errors import JobNotFound, RedisUnavailable
 from .events import Event
@@ -88,9 +88,8 @@ class Client(Face):
     # A batch -----------------------------------------------------------------------------------------------------
 
     def batch(
-        self, rows: Iterable[Mapping[str, Any] | str | bytes], *, window: int = WINDOW, lane: str = "batch",
-        batch_id: str | None = None,
-    ) -> Iterator[Answer]:  # fmt: skip
+        self, rows: GivenRows, *, window: int = WINDOW, lane: str = "batch", batch_id: str | None = None
+    ) -> Iterator[Answer]:
         """Ask many rows, each in the format of the OpenAI Batch API; yield each Answer as its row ends, in any order.
 
         `rows` is read lazily, so that at most `window` jobs are open. A row that cannot be asked is an Answer too. What
@@ -102,41 +101,36 @@ class Client(Face):
         for answers in self.run_batch(self.course(window), Objects(rows, reader)):
             yield from answers
 
-    def course(self, window: int = WINDOW, **options: Any) -> Course:
-        """A batch that can be watched and stopped, for `run_batch`."""
-        return Course(self.keys, self.settings, window, header=self._header, clock=self._clock, **options)
-
     def run_batch(self, course: Course, source: Source) -> Iterator[list[Answer]]:
         """Answers as they come, in lists; an empty list at least every second. Coming back for more says: kept."""
         steps = course.steps()
         reply: Any = None
-        error: RedisUnavailable | None = None
-        with suppress(StopIteration):
-            while True:
-                ask = steps.send(reply) if error is None else steps.throw(error)
-                reply = error = None
-                if isinstance(ask, Hand):
-                    yield ask.answers
-                elif isinstance(ask, Take):
-                    reply = source.take(ask.most)
-                elif isinstance(ask, Sleep):
-                    time.sleep(ask.seconds)
-                else:
-                    try:
-                        reply = self._answer(ask)
-                    except RedisUnavailable as unavailable:
-                        error = unavailable
+        while True:
+            try:
+                ask = steps.throw(reply) if isinstance(reply, RedisUnavailable) else steps.send(reply)
+            except StopIteration:
+                return
+            reply = None
+            if isinstance(ask, Hand):
+                yield ask.answers
+            elif isinstance(ask, Take):
+                reply = source.take(ask.most)
+            elif isinstance(ask, Sleep):
+                time.sleep(ask.seconds)
+            else:
+                reply = self._reply(ask)
 
-    def _answer(self, ask: Pipe | Listen) -> Any:
-        with translated(self._url):
-            if isinstance(ask, Pipe):
-                pipe = self.redis.pipeline(transaction=False)
-                ask.fill(pipe)
-                return pipe.execute(raise_on_error=False)
-            found = self.redis.xread(
-                {ask.key: ask.cursor}, count=FEED, block=round(ask.seconds * 1000) if ask.seconds else None
-            )
-        return found[0][1] if found else []
+    def _reply(self, ask: Pipe | Listen) -> Any:
+        try:
+            with translated(self._url):
+                if isinstance(ask, Pipe):
+                    pipe = self.redis.pipeline(transaction=False)
+                    ask.fill(pipe)
+                    return pipe.execute(raise_on_error=False)
+                found = self.redis.xread({ask.key: ask.cursor}, count=FEED, block=ask.milliseconds)
+                return found[0][1] if found else []
+        except RedisUnavailable as error:
+            return error
 
     # Looking -----------------------------------------------------------------------------------------------------
 

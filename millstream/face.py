@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 from . import calls, job
+from .batch.course import WINDOW, Course
 from .calls import Call
 from .job import Spec
 from .settings import Settings
@@ -43,6 +44,10 @@ class Face:
     @staticmethod
     def _connect(url: str) -> Any:
         raise NotImplementedError
+
+    def course(self, window: int = WINDOW, **options: Any) -> Course:
+        """A batch that can be watched and stopped, for `run_batch`."""
+        return Course(self.keys, self.settings, window, header=self._header, clock=self._clock, **options)
 
     def _submission(self, request: Mapping[str, Any]) -> tuple[str, Call[bool]]:
         """The id of a job and the call that submits it, from the arguments of `submit`. Raises SpecError."""

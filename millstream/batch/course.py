@@ -64,6 +64,11 @@ class Listen:
     cursor: str
     seconds: float
 
+    @property
+    def milliseconds(self) -> int | None:
+        """For XREAD's BLOCK, where 0 would be for ever."""
+        return round(self.seconds * 1000) or None
+
 
 @dataclass(frozen=True, slots=True)
 class Take:
