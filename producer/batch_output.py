@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from stat import S_ISREG
@@ -76,23 +77,30 @@ class Output:
     """OUT and OUT.batch. The latter holds the batch's id, durable before the first job, and the lock."""
 
     def __init__(self, path: str) -> None:
-        self.path = Path(path)
-        self._beside = Path(path + BESIDE)
+        self.path = Path(path).resolve()  # through a link: the file itself is replaced when it is tidied
+        self._beside = self.path.with_name(self.path.name + BESIDE)
         self._file: BinaryIO | None = None
-        try:
-            if self.path.exists() and not S_ISREG(self.path.stat().st_mode):
-                raise SpecError(f"--out {path}: found something that is no file; name one that can be read again")
-            self._lock = os.open(self._beside, os.O_RDWR | os.O_CREAT, 0o644)
-        except (OSError, ValueError) as error:
-            raise SpecError(
-                f"--out {path}: {getattr(error, 'strerror', error)}; name a file that can be written"
-            ) from None
+        self._lock = self._opened(path)
         try:
             self._take_lock()
             self.batch_id = self._known() or self._begin()
         except BaseException:
             os.close(self._lock)
             raise
+
+    def _opened(self, named: str) -> int:
+        try:
+            found = self.path.stat() if self.path.exists() else None
+            if found and not S_ISREG(found.st_mode):
+                raise SpecError(f"--out {named}: found something that is no file; name one that can be read again")
+            if found and found.st_size and not self._beside.exists():
+                raise SpecError(
+                    f"--out {named}: it is there, and no {self._beside.name} beside it says of which batch; name "
+                    "another file, or move it away"
+                )
+            return os.open(self._beside, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise SpecError(f"--out {named}: {error.strerror or error}; name a file that can be written") from None
 
     def _take_lock(self) -> None:
         try:
@@ -110,7 +118,7 @@ class Output:
             if not self.path.exists() or not self.path.stat().st_size:
                 return None  # nothing was submitted before that file was whole
         raise SpecError(
-            f"{self.path} is there, and {self._beside} does not say of which batch; name another --out, or move it away"
+            f"{self._beside}: found something else than a batch's id; name another --out, or move both files away"
         )
 
     def _begin(self) -> str:
@@ -188,6 +196,7 @@ class Output:
                     copy.write(line)
             copy.flush()
             os.fsync(copy.fileno())
+        shutil.copymode(self.path, fresh)
         fresh.replace(self.path)
         _sync_folder(self.path)
 

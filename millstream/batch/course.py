@@ -231,7 +231,8 @@ class Course:
             yield Sleep(rest)
         more = bool(window.room) and not self._dry and not self.stopped
         wait = DRY if more and self._idle else LISTEN
-        if (window.busy and self._clock() >= self._submit_at) or (more and not self._idle) or window.has_ready:
+        unhurried = not window.busy or self._clock() < self._submit_at
+        if not unhurried or (more and not self._idle) or window.has_ready or self.over:
             wait = 0
         entries = yield Listen(self._keys.ended, self._cursor, wait)
         window.ended(fields[b"id"].decode() for _, fields in entries)
