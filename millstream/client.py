@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
@@ -89,7 +89,7 @@ class Client(Face):
 
     def batch(
         self, rows: GivenRows, *, window: int = WINDOW, lane: str = "batch", batch_id: str | None = None
-    ) -> Iterator[Answer]:
+    ) -> Generator[Answer, None, None]:
         """Ask many rows, each in the format of the OpenAI Batch API; yield each Answer as its row ends, in any order.
 
         `rows` is read lazily, so that at most `window` jobs are open. A row that cannot be asked is an Answer too. What

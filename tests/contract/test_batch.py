@@ -16,7 +16,7 @@ from millstream import Answer, AsyncClient, Client, Settings
 from millstream.calls import accept, drop, withdraw
 from millstream.job import build
 from millstream.testing import ScriptedChannel, fake_async_client, fake_client
-from tests.contract.conftest import DONE, Hands
+from tests.contract.conftest import Hands
 
 Batch = Callable[..., list[Answer]]
 
@@ -211,7 +211,6 @@ def test_the_calls_of_a_batch_may_be_sent_twice(sent: Hands, client: Client) -> 
     assert sent.send(drop(keys, "j"))[0] == ("forgotten" if once else "unknown")
     assert sent.send(withdraw(keys, "j")) == ("unknown", "")
     assert [key for key in client.redis.keys("*") if b"{j}" in key] == []
-    assert DONE
 
 
 def test_a_user_who_may_not_ask_for_followers_keeps_jobs_a_minute(
@@ -222,9 +221,8 @@ def test_a_user_who_may_not_ask_for_followers_keeps_jobs_a_minute(
         pytest.skip("the fake has no ACL")
     client.submit("Hi", id="j")
     client.cancel("j")
-    client.redis.acl_setuser(
-        "limited", enabled=True, nopass=True, keys=["*"], channels=["*"], commands=["+@all", "-pubsub"]
-    )
+    rights: dict[str, Any] = {"keys": ["*"], "channels": ["*"], "commands": ["+@all", "-pubsub"]}
+    client.redis.acl_setuser("limited", enabled=True, nopass=True, **rights)
     try:
         with Client(redis_url=settings.redis_url.replace("redis://", "redis://limited:x@")) as limited:
             assert limited.run(drop(client.keys, "j")) == ("forgotten", "")
