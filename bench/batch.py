@@ -115,10 +115,8 @@ def _input(here: World, rows: int, shape: str) -> Path:
     with path.open("w") as file:
         for number in range(rows):
             prompt = f"Write one sentence about mill number {number}, its river and its miller."
-            messages = [
-                {"role": "system", "content": "You are a helpful assistant."},
-                {"role": "user", "content": prompt},
-            ]
+            system = {"role": "system", "content": "You are a helpful assistant."}
+            messages = [system, {"role": "user", "content": prompt}]
             body = {"model": f"stub:{shape},chunks={CHUNKS}", "messages": messages, "max_tokens": 1000}
             row = {"custom_id": f"request-{number}", "method": "POST", "url": "/v1/chat/completions", "body": body}
             file.write(json.dumps(row) + "\n")
@@ -150,7 +148,7 @@ def peak_mb(pid: int) -> float:
 def table(found: list[Batch], window: int) -> str:
     """Markdown."""
     lines = [
-        "| | rows | rows/s | producer: peak MB | CPU ms a row: producer | worker | Valkey | Valkey's memory at its peak |",
+        "| | rows | rows/s | producer: peak MB | CPU ms a row: producer | worker | Valkey | Valkey's memory, peak |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for each in found:

@@ -83,7 +83,7 @@ async def main(source: Path, out: Path, at_once: int) -> int:
                 if row is None:
                     slots.release()
                     break
-                while not processor.take(row):
+                while not processor.take(row):  # noqa: ASYNC110 - as it is done there
                     await asyncio.sleep(0.001)
                 tasks.create_task(run(row, attempts))
     return processor.failed
