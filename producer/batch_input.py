@@ -40,6 +40,8 @@ class Input:
         self.number = 0
         """Lines so far, empty ones counted too, as an editor does."""
         self.ended = False
+        self.more = True
+        """Whether the last look for a line found one."""
         self._waiting: deque[bytes] = deque()
         self._rest = bytearray()
         self._too_long = False
@@ -48,7 +50,8 @@ class Input:
         """The next line that is not empty; (its number, None) for one that is too long; None if none is there now."""
         while True:
             while not self._waiting:
-                if self.ended or not self._more():
+                self.more = not self.ended and self._read()
+                if not self.more:
                     return None
             line = self._waiting.popleft()
             self.number += 1
@@ -60,7 +63,7 @@ class Input:
             if line.strip():
                 return self.number, line
 
-    def _more(self) -> bool:
+    def _read(self) -> bool:
         """Read what is there; False if that is nothing."""
         if self.size is None and not select.select([self._descriptor], [], [], 0)[0]:
             return False
@@ -129,6 +132,7 @@ class Rows:
         self.dry = False
         self._drawn: deque[tuple[int, bytes | None]] = deque()
         self._reservoir: list[tuple[int, bytes | None]] = []
+        self._met = 0  # lines that the sample was drawn from
         self._random = random.Random(reader.batch_id)
 
     @property
@@ -144,8 +148,7 @@ class Rows:
                 return Taken(rows)
             found = self._next()
             if found is None:
-                idle = not self.dry
-                return Taken(rows, dry=self.dry, idle=idle)
+                return Taken(rows, dry=self.dry, idle=not self.dry and not self.source.more)
             self.rows += 1
             row = self._read(*found)
             if row is not None:
@@ -179,7 +182,7 @@ class Rows:
         """Read on to the end of the input and keep a sample (algorithm R); whether it is ready."""
         assert self._sample is not None
         for _ in range(AT_ONCE):
-            enough = self.limit is not None and self.source.number >= self.limit
+            enough = self.limit is not None and self._met >= self.limit
             found = None if enough else self.source.next()
             if found is None:
                 if enough or self.source.ended:
@@ -187,8 +190,9 @@ class Rows:
                     self._reservoir.clear()
                     return True
                 return False
+            self._met += 1
             if len(self._reservoir) < self._sample:
                 self._reservoir.append(found)
-            elif (slot := self._random.randrange(self.source.number)) < self._sample:
+            elif (slot := self._random.randrange(self._met)) < self._sample:
                 self._reservoir[slot] = found
         return False

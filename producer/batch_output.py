@@ -21,6 +21,7 @@ from millstream.errors import MillstreamError, SpecError
 from .batch_ledger import Lines, kind_of
 
 BESIDE: Final = ".batch"
+ENDS_OF_LINES: Final = "\x85\u2028\u2029"
 CANCELLED: Final = "batch_cancelled"
 
 
@@ -168,7 +169,7 @@ class Output:
         assert self._file is not None
         encoded = []
         for answer in answers:
-            encoded.append(msgspec.json.encode(answer.line()))
+            encoded.append(_one_line(msgspec.json.encode(answer.line())))
             if answer.status != "refused":
                 lines.written(answer.custom_id or "", answer.job_id, kind_of(answer))
         self._file.write(b"\n".join(encoded) + b"\n")
@@ -204,6 +205,14 @@ class Output:
         if self._file is not None:
             self._file.close()
         os.close(self._lock)
+
+
+def _one_line(encoded: bytes) -> bytes:
+    """JSON without the characters that Python's `splitlines` and others take for the end of a line."""
+    for character in ENDS_OF_LINES:
+        if (found := character.encode()) in encoded:
+            encoded = encoded.replace(found, f"\\u{ord(character):04x}".encode())
+    return encoded
 
 
 def _parsed(line: bytes) -> Written | None:

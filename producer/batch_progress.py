@@ -70,7 +70,7 @@ class Progress:
             "failed": before["failed"] + tally.rows["failed"],
             "cancelled": before["cancelled"] + tally.rows["cancelled"],
             "before": sum(before.values()),
-            "open": sum(statuses.values()),
+            "open": self._course.window.running,
             "in_progress": statuses["in_progress"],
             "queued": statuses["queued"],
             "waiting": dict(waits),

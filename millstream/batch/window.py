@@ -40,7 +40,7 @@ LOOKS_PER_SECOND: Final = 500
 class _Open:
     row: Row
     look_at: float
-    status: str = "queued"
+    status: str = ""  # until it was looked at
     waits_for: str = ""
 
 
@@ -106,9 +106,8 @@ class Window:
         return 2 * len(self._open) > self._size
 
     def counts(self) -> tuple[Counter[str], Counter[str]]:
-        """Open rows by the status they had when they were looked at; and queued ones by what they wait for."""
-        statuses = Counter(each.status for each in self._open.values())
-        statuses["queued"] += len(self._new)
+        """Open jobs by the status they had when they were looked at; and queued ones by what they wait for."""
+        statuses = Counter(each.status for each in self._open.values() if each.status)
         return statuses, Counter(each.waits_for for each in self._open.values() if each.waits_for)
 
     # Rows in -----------------------------------------------------------------------------------------------------
@@ -150,7 +149,7 @@ class Window:
         elif status in TERMINAL_STATUSES or outcome == "cancelled":
             self._fetch(row)
         else:
-            self._open[job_id] = _Open(row, now if outcome == "conflict" else now + self._look, status)
+            self._open[job_id] = _Open(row, now if outcome == "conflict" else now + self._look)
             self._next_look = min(self._next_look, self._open[job_id].look_at)
 
     # Endings -----------------------------------------------------------------------------------------------------
