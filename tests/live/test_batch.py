@@ -19,7 +19,7 @@ from tests.live.batch_processes import batch, check_answers, read, row, write
 from tests.live.conftest import World
 from tests.live.producer_processes import ROOT
 from tests.live.worker_process import environment, wait_until
-from tests.upstream import Text, WaitFor, answer, expected_text, good_answer, seed_of
+from tests.upstream import Request, Script, Text, WaitFor, answer, expected_text, good_answer, seed_of
 from tests.valkey import Valkey
 
 OFFICIAL = [  # the examples of OpenAI's Batch guide and cookbook, written anew: same fields, same shapes
@@ -344,7 +344,7 @@ def test_a_redis_that_dies_is_waited_for(make_world: Callable[..., World], tmp_p
 
 
 def test_a_full_redis_is_waited_for(make_world: Callable[..., World], tmp_path: Path) -> None:
-    """Submit is refused at maxmemory: rows wait and the batch says why; when there is room it goes on, and none fails."""
+    """Submit is refused at maxmemory: rows wait and the batch says why; when there is room, it goes on."""
     server = Valkey.start(options=["--maxmemory", "20mb"])
     try:
         world = make_world(server.url)
