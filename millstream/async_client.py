@@ -25,7 +25,7 @@ from .errors import JobNotFound, RedisUnavailable
 from .events import Event
 from .face import Face
 from .reading import LISTEN, OUTAGE, RECONNECT, Following, Reading
-from .redis_door import COMMAND_TIMEOUT, connect_async, translated
+from .redis_door import COMMAND_TIMEOUT, PIPELINE, connect_async, translated
 from .result import Ended, Job, Narrator, OnContent, OnRestart, Result, outcome, raise_for_end
 from .status import Status
 from .transcript import Transcript
@@ -72,7 +72,7 @@ class AsyncClient(Face):
         return Job(id=job_id, created=await self.run(call))
 
     async def submit_many(self, requests: Iterable[Mapping[str, Any]]) -> Sequence[Job]:
-        """Accept many jobs in one round trip; each request holds the arguments of `submit`.
+        """Accept many jobs in few round trips; each request holds the arguments of `submit`.
 
         All are checked before the first is sent. Raises what `submit` raises; a retry with the same ids doubles none.
         """
@@ -234,8 +234,13 @@ class AsyncClient(Face):
         return call.decode(reply)
 
     async def run_many(self, wanted: Sequence[Call[T]]) -> Sequence[T]:
-        if not wanted:
-            return []
+        """Run calls in pipelines of PIPELINE; raises what the first of them raises that fails."""
+        values: list[T] = []
+        for start in range(0, len(wanted), PIPELINE):
+            values += await self._run_some(wanted[start : start + PIPELINE])
+        return values
+
+    async def _run_some(self, wanted: Sequence[Call[T]]) -> Sequence[T]:
         with translated(self._url):
             replies = await self._ask_many(wanted)
             if any(isinstance(reply, NoScriptError) for reply in replies):

@@ -25,6 +25,9 @@ RETRIES: Final = 6
 COMMAND_TIMEOUT: Final = 5.0
 """Seconds a command may take. Our longest script call is 256 KB; a server that needs more is in trouble."""
 
+PIPELINE: Final = 500
+"""Calls in one pipeline: what is buffered on both sides stays small, and the reply comes within COMMAND_TIMEOUT."""
+
 TRANSIENT: Final = (RedisConnectionError, RedisTimeoutError, BusyLoadingError, ReadOnlyError)
 """What passes by itself: a restart, a failover, a dropped connection."""
 

@@ -17,7 +17,7 @@ import pytest
 
 from tests.live.batch_processes import batch, check_answers, read, row, write
 from tests.live.conftest import World
-from tests.live.producer_processes import ROOT
+from tests.live.producer_processes import ROOT, Room, Screen
 from tests.live.worker_process import environment, wait_until
 from tests.upstream import Request, Script, Text, WaitFor, answer, expected_text, good_answer, seed_of
 from tests.valkey import Valkey
@@ -364,6 +364,23 @@ def test_a_full_redis_is_waited_for(make_world: Callable[..., World], tmp_path: 
         world.close()
     finally:
         server.close()
+
+
+def test_on_a_terminal_one_line_shows_how_it_stands(world: World, tmp_path: Path) -> None:
+    """It is drawn again and again, wiped at the end, and the summary stays."""
+    source, out = write(tmp_path / "in.jsonl", map_rows(40)), tmp_path / "out.jsonl"
+    held(world)
+    world.worker()
+    room = Room(world.url)
+    with room.client, Screen(room, "batch", str(source), "--out", str(out), **world.environ) as screen:
+        wait_until(lambda: "0 of 40 rows · 0 failed · 40 open" in screen.raw, "the line is there")
+        world.upstream.open_gate("go")
+        shown = screen.to_the_end()
+    assert screen.process.returncode == 0
+    last = shown.rpartition("\x1b[K")[2].splitlines()
+    assert last[0] == "40 rows: 40 answered, 0 failed, 0 cancelled"
+    assert "rows/s" in last[1]
+    assert all(len(each) < 80 for each in shown.split("\r\x1b[K")[1:-1])
 
 
 def test_nothing_is_submitted_by_a_dry_run(world: World, tmp_path: Path) -> None:
