@@ -168,6 +168,8 @@ class Course:
             ready += len(some)
 
     def _take(self) -> Steps:
+        if self.stopped:
+            self.window.leave_new()
         room = min(self.window.room, CHUNK)
         if self._dry or self.stopped or not room:
             return

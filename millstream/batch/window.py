@@ -121,6 +121,11 @@ class Window:
         """Take what is an answer already."""
         self._ready.append(answer)
 
+    def leave_new(self) -> None:
+        """Give up rows that are not accepted yet. One whose reply was lost goes on, and is picked up another time."""
+        self._bytes -= sum(len(row.body) for row in self._new.values())
+        self._new.clear()
+
     def to_submit(self, most: int, most_bytes: int) -> list[Row]:
         """The oldest rows that are not accepted yet; one at least, if there is one."""
         chosen: list[Row] = []

@@ -157,6 +157,20 @@ def test_a_stopped_batch_ends_with_what_is_open() -> None:
     assert model.jobs == {}
 
 
+def test_a_stopped_batch_submits_nothing_more() -> None:
+    """Rows that a full server refused until then are left for another run."""
+    model = Model()
+    run = Run(model, source(rows(6)), 3)
+    model.full = True
+    lists = run.lists()
+    for _ in range(4):
+        assert next(lists) == []
+    run.course.stop()
+    model.full = False
+    assert [some for some in lists if some] == []
+    assert model.asked.total() == 0
+
+
 def test_a_cancelled_batch_accounts_for_every_row() -> None:
     """What was answered is an answer; what was open or never submitted is cancelled."""
     model = Model()
