@@ -93,8 +93,8 @@ class _Batch:
         except KeyboardInterrupt:
             self._progress.end()
             self._standard.say(
-                f"stopped; {self._course.window.running:,} open rows go on. Run the same command again to pick them up, "
-                "or with --cancel to end them"
+                f"stopped; {self._course.window.running:,} open rows go on. Run the same command again to pick them "
+                "up, or with --cancel to end them"
             )
             raise
         finally:
@@ -106,6 +106,6 @@ class _Batch:
 
     def _say_stopping(self) -> None:
         self._progress.say(
-            f"no more rows are submitted; waiting for {self._course.window.running:,} that are open. Ctrl-C again stops "
-            "waiting: they go on, and the same command picks them up"
+            f"no more rows are submitted; waiting for {self._course.window.running:,} that are open. Ctrl-C again "
+            "stops waiting: they go on, and the same command picks them up"
         )
