@@ -345,18 +345,18 @@ def test_a_redis_that_dies_is_waited_for(make_world: Callable[..., World], tmp_p
 
 def test_a_full_redis_is_waited_for(make_world: Callable[..., World], tmp_path: Path) -> None:
     """Submit is refused at maxmemory: rows wait and the batch says why; when there is room, it goes on."""
-    server = Valkey.start(options=["--maxmemory", "20mb"])
+    server = Valkey.start()
     try:
         world = make_world(server.url)
         source, out = write(tmp_path / "in.jsonl", map_rows(40)), tmp_path / "out.jsonl"
         world.worker()
-        world.redis.set("ballast", "x" * 18_000_000)
+        world.redis.config_set("maxmemory", int(world.redis.info("memory")["used_memory"]) - 100_000)
         with batch(world.environ, source, out, "--json") as run:
             assert run.process.stderr is not None
             report = json.loads(run.process.stderr.readline())
             assert (report["event"], report["answered"]) == ("progress", 0)
             assert "is full (maxmemory)" in report["trouble"]
-            world.redis.delete("ballast")
+            world.redis.config_set("maxmemory", 0)
             summary = run.summary(within=60)
         assert (summary["status"], summary["answered"]) == (0, 40)
         assert "trouble" not in summary
@@ -372,7 +372,8 @@ def test_on_a_terminal_one_line_shows_how_it_stands(world: World, tmp_path: Path
     held(world)
     world.worker()
     room = Room(world.url)
-    with room.client, Screen(room, "batch", str(source), "--out", str(out), **world.environ) as screen:
+    environ = {**world.environ, "MILLSTREAM_PREFIX": world.keys.prefix}
+    with room.client, Screen(room, "batch", str(source), "--out", str(out), **environ) as screen:
         wait_until(lambda: "0 of 40 rows · 0 failed · 40 open" in screen.raw, "the line is there")
         world.upstream.open_gate("go")
         shown = screen.to_the_end()
