@@ -276,8 +276,10 @@ class AsyncClient(Face):
             pipe = self.redis.pipeline(transaction=True)
             pipe.xrange(self.keys.log(at.job_id), min=f"{max(1, at.cursor)}-0", count=reading.PAGE)
             pipe.hmget(self.keys.state(at.job_id), reading.STATE_FIELDS)
-            entries, state = await pipe.execute()
-        return reading.page(entries, state)
+            if at.begun:
+                pipe.xrange(self.keys.log(at.job_id), min=f"{at.begun}-0", count=1)
+            replies = await pipe.execute()
+        return reading.page(*replies)
 
     async def _follow(self, following: Following, timeout: float | None = None) -> AsyncGenerator[tuple[str, Event]]:
         until = None if timeout is None else self._clock() + timeout
@@ -289,7 +291,7 @@ class AsyncClient(Face):
             try:
                 async with self._subscribed(following.open) as pubsub:
                     following.reconnected()
-                    while following.open:
+                    while following.open and not following.deaf:
                         batch = await self._next(pubsub, following, until)
                         answered, away = self._clock(), False
                         for each in batch:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
 
 from .delivery import QUEUES_KEY, deliver
-from .errors import JobExists, JobNotFound, MillstreamError
+from .errors import JobExists, JobNotFound, MillstreamError, RedisUnavailable
 from .job import Spec
 from .keys import Keys
 from .scripts import Script, load
@@ -61,16 +61,21 @@ def submit(keys: Keys, settings: Settings, job_id: str, spec: Spec) -> Call[bool
     call = accept(keys, settings, job_id, spec, spec.encode())
 
     def decode(reply: Sequence[bytes]) -> bool:
-        outcome, _ = call.decode(reply)
+        outcome, words = call.decode(reply)
         if outcome == "conflict":
             raise JobExists(job_id)
+        if outcome == "full":
+            raise RedisUnavailable(words)
         return outcome == "created"
 
     return Call(call.script, call.keys, call.args, decode)
 
 
 def accept(keys: Keys, settings: Settings, job_id: str, spec: Spec, body: bytes) -> Call[tuple[str, str]]:
-    """As `submit`, with `body` as the encoded spec. The value is (`created`, `exists` or `conflict`, the status)."""
+    """As `submit`, with `body` as the encoded spec.
+
+    The value is (`created`, `exists` or `conflict`, the status), or (`full`, why).
+    """
     delivery = deliver(keys, job_id, spec.lane)
     retention = settings.retention if spec.retention is None else spec.retention
     args = [
@@ -79,7 +84,17 @@ def accept(keys: Keys, settings: Settings, job_id: str, spec: Spec, body: bytes)
         delivery.queue_key, delivery.rq_id, *delivery.flat_fields,
     ]  # fmt: skip
     names = [keys.spec(job_id), keys.state(job_id), keys.open, delivery.queue_key, QUEUES_KEY, delivery.job_key]
-    return Call("submit", names, args, _decode_words)
+    return Call("submit", names, args, _decode_accept)
+
+
+def _decode_accept(reply: Sequence[bytes]) -> tuple[str, str]:
+    if reply[0] == b"full":
+        return "full", (
+            f"Redis is full: {int(reply[1]):,} bytes of its maxmemory of {int(reply[2]):,} are used, and the last "
+            "tenth is kept for the jobs it has; nothing was accepted: wait for ended jobs to expire, "
+            "or give it more memory"
+        )
+    return _decode_words(reply)
 
 
 def _decode_words(reply: Sequence[bytes]) -> tuple[str, str]:

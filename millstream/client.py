@@ -265,8 +265,10 @@ class Client(Face):
             pipe = self.redis.pipeline(transaction=True)
             pipe.xrange(self.keys.log(at.job_id), min=f"{max(1, at.cursor)}-0", count=reading.PAGE)
             pipe.hmget(self.keys.state(at.job_id), reading.STATE_FIELDS)
-            entries, state = pipe.execute()
-        return reading.page(entries, state)
+            if at.begun:
+                pipe.xrange(self.keys.log(at.job_id), min=f"{at.begun}-0", count=1)
+            replies = pipe.execute()
+        return reading.page(*replies)
 
     def _follow(self, following: Following, timeout: float | None = None) -> Iterator[tuple[str, Event]]:
         until = None if timeout is None else self._clock() + timeout
@@ -277,7 +279,7 @@ class Client(Face):
             try:
                 with self._subscribed(following.open) as pubsub:
                     following.reconnected()
-                    while following.open:
+                    while following.open and not following.deaf:
                         batch = self._next(pubsub, following, until)
                         answered, away = self._clock(), False
                         yield from batch

@@ -40,18 +40,23 @@ class Event(Struct, frozen=True, kw_only=True, tag_field="type"):
 
 
 class Started(Event, frozen=True, kw_only=True, tag="started"):
-    """An attempt begins. From attempt 2 on, `reason` says why, and all earlier text is void."""
+    """An attempt begins. From attempt 2 on, `reason` says why, and all earlier text is void.
+
+    `mark` is random: it tells the attempt from another that got its number after Redis lost the first.
+    """
 
     worker: str = ""
     model: str = ""
     upstream: str = ""
     reason: str | None = None
+    mark: str | None = None
 
 
 class Chunk(Event, frozen=True, kw_only=True, tag="chunk"):
     """A piece of choice `index`; `n` upstream chunks were merged into it.
 
-    `delta` holds what the upstream sent: `content`, `reasoning`, `refusal` (text) or `tool_calls` (a list).
+    `delta` holds one thing the upstream sent: `content`, `reasoning`, `refusal` (text), `tool_calls` (a list), or
+    another that docs/wire.md names.
     """
 
     delta: dict[str, Any]

@@ -16,7 +16,7 @@ from typing import Any, Final
 import msgspec
 
 from .errors import JobExpired, JobNotFound, LogRewound, ResultTimeout
-from .events import TERMINAL_STATUSES, AnyEvent, Event, Terminal, decode, unpack
+from .events import TERMINAL_STATUSES, AnyEvent, Event, Started, Terminal, decode, unpack
 
 SILENCE: Final = 15.0
 """Seconds without a message of a job until its log is read again: a lost terminal event is noticed by then."""
@@ -39,26 +39,35 @@ class Page:
     """A stretch of the log from the cursor on, with the job's state read in the same transaction.
 
     `seq` is the last seq by the state, None when there is no such job; `last`: nothing came after this page;
-    `closed`: the job has its terminal event.
+    `closed`: the job has its terminal event; `begun`: what the pack with the reading's `begun` holds now.
     """
 
     events: Sequence[AnyEvent]
     seq: int | None
     last: bool = True
     closed: bool = False
+    begun: Sequence[AnyEvent] = ()
 
 
 STATE_FIELDS: Final = ("seq", "status")
 """The fields of the state that `page` wants, in this order."""
 
 
-def page(entries: Iterable[tuple[bytes, dict[bytes, bytes]]], state: Sequence[bytes | None]) -> Page:
-    """Make a page of what XRANGE on the log and HMGET of STATE_FIELDS answered in one transaction."""
+Entries = Iterable[tuple[bytes, dict[bytes, bytes]]]
+
+
+def page(entries: Entries, state: Sequence[bytes | None], begun: Entries = ()) -> Page:
+    """Make a page of what one transaction answered: XRANGE on the log from the cursor on, HMGET of STATE_FIELDS, and
+    for a reading that has `begun`, XRANGE of one entry from there on.
+    """
     listed = list(entries)
-    events = [event for entry_id, fields in listed for event in unpack(entry_id, fields)]
     seq, status = state
     closed = status is not None and status.decode() in TERMINAL_STATUSES
-    return Page(events, None if seq is None else int(seq), len(listed) < PAGE, closed)
+    return Page(_events(listed), None if seq is None else int(seq), len(listed) < PAGE, closed, _events(begun))
+
+
+def _events(entries: Entries) -> Sequence[AnyEvent]:
+    return [event for entry_id, fields in entries for event in unpack(entry_id, fields)]
 
 
 class Reading:
@@ -70,7 +79,13 @@ class Reading:
         """The last seq that was taken."""
         self.ended = False
         self.known = False
-        self._attempt = 0  # of the event at the cursor; 0 = not seen by this reading
+        self._seen: AnyEvent | None = None  # the event at the cursor, unless the cursor was given
+        self._started: Started | None = None
+
+    @property
+    def begun(self) -> int:
+        """Where the attempt at the cursor began, by its `started`; 0 = not seen by this reading."""
+        return self._started.seq if self._started else 0
 
     def heard(self, event: AnyEvent) -> list[Event] | None:
         """Take an event from the channel. None: some are missing before it, read the log."""
@@ -79,21 +94,29 @@ class Reading:
         if event.seq > self.cursor + 1:
             return None
         if event.seq <= self.cursor:
-            # Late copies of what was read from the log belong to the same or an earlier attempt. A later one: the log
-            # was written anew, or somebody forged a message; the log knows.
-            return None if self._attempt and event.attempt > self._attempt else []
+            return None if self._contradicts(event) else []
         return self._take(event)
+
+    def _contradicts(self, event: AnyEvent) -> bool:
+        """Whether an event at or below the cursor is no late copy of what was taken: a later attempt, an end, another
+        event at the cursor. Then the log was written anew, or somebody forged a message; the log knows.
+        """
+        seen = self._seen
+        if event.terminal or seen is None:
+            return event.terminal
+        another = event.seq == seen.seq and not same(event, seen)
+        return another or event.attempt > seen.attempt or self._begun_anew([event])
 
     def read(self, found: Page) -> list[Event]:
         """Take a page of the log."""
         if found.seq is None:
             raise JobExpired(self.job_id) if self.known else JobNotFound(self.job_id)
         self.known = True
-        if self.cursor > found.seq:
+        if self.cursor > found.seq or self._begun_anew(found.begun):
             raise LogRewound(self.job_id, self.cursor, found.seq)
         taken: list[Event] = []
         for event in found.events:
-            if event.seq == self.cursor and self._attempt and event.attempt != self._attempt:
+            if event.seq == self.cursor and self._seen is not None and not same(event, self._seen):
                 raise LogRewound(self.job_id, self.cursor, found.seq)
             if event.seq <= self.cursor:
                 continue
@@ -106,11 +129,26 @@ class Reading:
             self.ended = True  # also when the cursor started at the end
         return taken
 
+    def _begun_anew(self, pack: Sequence[AnyEvent]) -> bool:
+        """Whether another attempt stands where ours began: Redis lost ours, and its number was given away again."""
+        ours = self._started
+        there = next((event for event in pack if ours and event.seq == ours.seq), None)
+        if ours is None or there is None:
+            return False
+        return not isinstance(there, Started) or (there.attempt, there.mark) != (ours.attempt, ours.mark)
+
     def _take(self, event: AnyEvent) -> list[Event]:
-        self.cursor, self._attempt = event.seq, event.attempt
+        self.cursor, self._seen = event.seq, event
+        if isinstance(event, Started):
+            self._started = event
         if isinstance(event, Terminal):
             self.ended = True
         return [event] if isinstance(event, Event) else []
+
+
+def same(one: AnyEvent, other: AnyEvent) -> bool:
+    """Whether two events are one, but for `at`: repacking rounds it, and a log that was lost is sent again later."""
+    return msgspec.structs.replace(one, at=other.at) == other
 
 
 class Following:
@@ -125,6 +163,8 @@ class Following:
         self._clock = clock
         self._began = clock()
         self._look_at: dict[str, float] = dict.fromkeys(self._readings, -math.inf)
+        self.deaf = False
+        """Whether the log, read because of silence, held news: nothing comes over this subscription; make it anew."""
 
     @property
     def open(self) -> list[str]:
@@ -175,12 +215,15 @@ class Following:
     def read(self, reading: Reading, found: Page) -> list[tuple[str, Event]]:
         """Take a page; a reading that has more pages stays due."""
         events = reading.read(found)
+        if events and self._look_at[reading.job_id] > -math.inf:
+            self.deaf = True
         if found.last or reading.ended:
             self._heard_of(reading.job_id)
         return [(reading.job_id, event) for event in events]
 
     def reconnected(self, job_id: str | None = None) -> None:
         """The subscription was renewed: whatever was published meanwhile is in the log."""
+        self.deaf = False
         for each in self._look_at if job_id is None else [job_id]:
             if each in self._look_at:
                 self._look_at[each] = -math.inf

@@ -9,10 +9,11 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 import redis.asyncio
+import redis.asyncio.connection
+import redis.connection
 import redis.exceptions
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import ExponentialWithJitterBackoff
-from redis.exceptions import BusyLoadingError, ReadOnlyError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
@@ -28,18 +29,46 @@ COMMAND_TIMEOUT: Final = 5.0
 PIPELINE: Final = 500
 """Calls in one pipeline: what is buffered on both sides stays small, and the reply comes within COMMAND_TIMEOUT."""
 
-TRANSIENT: Final = (RedisConnectionError, RedisTimeoutError, BusyLoadingError, ReadOnlyError)
-"""What passes by itself: a restart, a failover, a dropped connection."""
+TRANSIENT: Final = (RedisConnectionError, RedisTimeoutError)
+"""What passes by itself: a restart, a failover, a dropped connection, and what the server says meanwhile."""
 
-PASSING: Final = ("BUSY", "MISCONF", "MASTERDOWN", "NOREPLICAS", "TRYAGAIN")
-"""How a server's other refusals begin that pass when a script, a disk or a replica has come round."""
+_IN_A_MOMENT: Final = {
+    "LOADING": "is still loading its data",
+    "BUSY": "is busy with a script that somebody runs for long (SCRIPT KILL ends one that has written nothing)",
+    "READONLY": "is a replica now: a failover goes on, or REDIS_URL names the wrong server",
+    "MASTERDOWN": "is a replica without its primary: a failover goes on, or REDIS_URL names the wrong server",
+    "UNBLOCKED": "changed its role: a failover goes on",
+    "NOREPLICAS": "has fewer replicas than its min-replicas-to-write asks for",
+}
+"""Error replies of a server that may serve again in a moment, and what they mean."""
+
+
+class _PassingError(RedisConnectionError):
+    """Such a reply. As a lost connection it makes redis-py ask again, in pipelines too, over a new connection: after a
+    failover the address may lead to another server. redis-py itself treats LOADING so, and no other.
+    """
+
+
+def _asks_again(parser: Any) -> Any:
+    """The parser, reading such replies as what passes by itself."""
+    known = {**parser.EXCEPTION_CLASSES, **dict.fromkeys(_IN_A_MOMENT, _PassingError)}
+    return type("PatientParser", (parser,), {"EXCEPTION_CLASSES": known})
+
+
+_PARSER: Final = _asks_again(redis.connection.DefaultParser)
+_ASYNC_PARSER: Final = _asks_again(redis.asyncio.connection.DefaultParser)
+
+PASSING: Final = ("MISCONF", "TRYAGAIN")
+"""How a server's other refusals begin that pass when its disk has come round."""
 
 
 def connect(url: str, **options: Any) -> redis.Redis:
     """A pool of blocking connections; nothing is sent yet. Raises SettingsError for a URL that cannot be used."""
     retry = Retry(_backoff(), RETRIES)
     with _usable_url():
-        made = redis.Redis.from_url(url, retry=retry, retry_on_error=list(TRANSIENT), **_options(url), **options)
+        made = redis.Redis.from_url(
+            url, retry=retry, retry_on_error=list(TRANSIENT), parser_class=_PARSER, **_options(url), **options
+        )
         pool = made.connection_pool
         pool.connection_class(**pool.connection_kwargs)  # only here redis-py looks at the names of a URL's options
     return made
@@ -50,7 +79,7 @@ def connect_async(url: str, **options: Any) -> redis.asyncio.Redis:
     retry = AsyncRetry(_backoff(), RETRIES)
     with _usable_url():
         made = redis.asyncio.Redis.from_url(
-            url, retry=retry, retry_on_error=list(TRANSIENT), **_options(url), **options
+            url, retry=retry, retry_on_error=list(TRANSIENT), parser_class=_ASYNC_PARSER, **_options(url), **options
         )
         pool = made.connection_pool
         pool.connection_class(**pool.connection_kwargs)
@@ -113,7 +142,7 @@ def passes(error: RedisUnavailable) -> bool:
     if isinstance(cause, redis.exceptions.AuthenticationError | redis.exceptions.NoPermissionError):
         return False
     known = isinstance(cause, (*TRANSIENT, redis.exceptions.OutOfMemoryError))
-    return known or str(cause).startswith(PASSING)
+    return known or (isinstance(cause, redis.exceptions.RedisError) and _code(cause) in PASSING)
 
 
 def words(error: redis.exceptions.RedisError, url: str) -> str:
@@ -129,11 +158,21 @@ def words(error: redis.exceptions.RedisError, url: str) -> str:
         )
     if isinstance(error, redis.exceptions.NoPermissionError):
         return f"Redis at {where} does not allow this user what is needed ({text}); check its ACL"
-    if isinstance(error, BusyLoadingError):
-        return f"Redis at {where} is still loading its data; try again in a moment"
+    code = _code(error)
+    if code in _IN_A_MOMENT:
+        return f"Redis at {where} {_IN_A_MOMENT[code]}; try again in a moment"
+    if code == "MISCONF":
+        return f"Redis at {where} cannot write to its disk and so takes nothing (MISCONF); look at its log"
+    if code in ("CLUSTERDOWN", "MOVED", "CROSSSLOT"):
+        return f"Redis at {where} runs in cluster mode ({code} {text}); Millstream needs a primary without it"
     if isinstance(error, RedisConnectionError | RedisTimeoutError):
         return f"Redis at {where} cannot be reached ({text}); start it (make up starts one) or set REDIS_URL"
     return f"Redis at {where} refused: {text}"
+
+
+def _code(error: redis.exceptions.RedisError) -> str:
+    """The word an error reply begins with, which redis-py leaves out of some messages."""
+    return str(error).split(" ", 1)[0] if error.status_code is None else str(error.status_code)
 
 
 def split_pairs(reply: Sequence[bytes]) -> dict[bytes, bytes]:

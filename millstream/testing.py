@@ -99,7 +99,8 @@ class ScriptedChannel:
             raise MillstreamError(f"job {job_id!r} cannot be started: {claim.outcome} {claim.status}".rstrip())
         self._held[job_id] = _Held(token, claim.attempt, claim.seq)
         why = (reason or claim.reason) if claim.attempt > 1 else None
-        self.write(job_id, compact("started", worker=worker, model="scripted", upstream="scripted", reason=why))
+        names = {"worker": worker, "model": "scripted", "upstream": "scripted"}
+        self.write(job_id, compact("started", **names, reason=why, mark=f"{token}:{claim.attempt}"))
         return claim.attempt
 
     def chunk(self, job_id: str, content: str, *, index: int = 0, n: int = 1) -> None:

@@ -5,33 +5,83 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from .events import AnyEvent, Chunk, Failed, Started, Terminal
+
+
+@dataclass(slots=True)
+class _Call:
+    """One tool call."""
+
+    index: int
+    whole: dict[str, Any] = field(default_factory=dict)
+
+    def fits(self, piece: dict[str, Any]) -> bool:
+        """Whether a piece with the same index is of this call, as its id does not say otherwise."""
+        return not piece.get("id") or self.whole.get("id") in (None, piece["id"])
+
+    def add(self, piece: dict[str, Any]) -> None:
+        if isinstance(function := piece.get("function"), dict):
+            _join_function(self.whole.setdefault("function", {"name": "", "arguments": ""}), function)
+        self.whole.update({
+            name: value for name, value in piece.items() if name not in ("index", "function") and value is not None
+        })  # fmt: skip
+
+
+def _join_function(whole: dict[str, Any], piece: dict[str, Any]) -> None:
+    """Name and arguments come in pieces; some repeat the name with each, or send the arguments as an object."""
+    if isinstance(name := piece.get("name"), str) and name != whole["name"]:
+        whole["name"] += name
+    arguments = piece.get("arguments")
+    if isinstance(arguments, str):
+        whole["arguments"] += arguments
+    elif arguments is not None:
+        whole["arguments"] += msgspec.json.encode(arguments).decode()
+
+
+def _join(whole: dict[str, Any], piece: dict[str, Any], texts: tuple[str, ...]) -> None:
+    for name, value in piece.items():
+        joins = name in texts and isinstance(value, str) and isinstance(whole.get(name), str)
+        whole[name] = whole[name] + value if joins else value
 
 
 @dataclass(slots=True)
 class _Choice:
     texts: dict[str, list[str]] = field(default_factory=dict)
-    tool_calls: dict[int, dict[str, Any]] = field(default_factory=dict)
+    calls: list[_Call] = field(default_factory=list)
+    function_call: dict[str, Any] | None = None
+    lists: dict[str, list[Any]] = field(default_factory=dict)
+    audio: dict[str, Any] = field(default_factory=dict)
 
     def add(self, delta: dict[str, Any]) -> None:
         for name in ("content", "reasoning", "refusal"):
             if isinstance(text := delta.get(name), str):
                 self.texts.setdefault(name, []).append(text)
+        for name in ("reasoning_details", "annotations"):
+            if isinstance(pieces := delta.get(name), list):
+                self.lists.setdefault(name, []).extend(pieces)
+        if isinstance(audio := delta.get("audio"), dict):
+            _join(self.audio, audio, ("data", "transcript"))
+        if isinstance(function := delta.get("function_call"), dict):
+            self.function_call = self.function_call or {"name": "", "arguments": ""}
+            _join_function(self.function_call, function)
         calls = delta.get("tool_calls")
         for position, call in enumerate(calls if isinstance(calls, list) else ()):
             if isinstance(call, dict):  # the log holds what an upstream sent, right or wrong
-                self._add_call(call, position)
+                self._call(call, position).add(call)
 
-    def _add_call(self, call: dict[str, Any], position: int) -> None:
-        index = call.get("index")
-        whole = self.tool_calls.setdefault(index if isinstance(index, int) else position, {})
-        function = call.get("function")
-        if isinstance(function, dict):
-            parts = whole.setdefault("function", {"name": "", "arguments": ""})
-            for name in ("name", "arguments"):
-                parts[name] += piece if isinstance(piece := function.get(name), str) else ""
-        rest = {name: value for name, value in call.items() if name not in ("index", "function")}
-        whole.update({name: value for name, value in rest.items() if value is not None})
+    def _call(self, piece: dict[str, Any], position: int) -> _Call:
+        """The call that a piece belongs to: its index says so, unless it has an id of its own.
+
+        Some servers send parallel calls whole, all with the index 0 or with none.
+        """
+        index = found if isinstance(found := piece.get("index"), int) else position
+        same = next((call for call in reversed(self.calls) if call.index == index), None)
+        if same is None or not same.fits(piece):
+            same = _Call(index)
+            self.calls.append(same)
+        return same
 
     def text(self, name: str = "content") -> str:
         return "".join(self.texts.get(name, ()))
@@ -41,9 +91,13 @@ class _Choice:
         message["refusal"] = self.text("refusal") if "refusal" in self.texts else None
         if "reasoning" in self.texts:
             message["reasoning"] = self.text("reasoning")
-        if self.tool_calls:
-            message["tool_calls"] = [self.tool_calls[i] for i in sorted(self.tool_calls)]
-        return message
+        if self.calls:
+            message["tool_calls"] = [call.whole for call in sorted(self.calls, key=lambda call: call.index)]
+        if self.function_call:
+            message["function_call"] = self.function_call
+        if self.audio:
+            message["audio"] = self.audio
+        return message | self.lists
 
 
 @dataclass(slots=True)

@@ -1,4 +1,4 @@
-"""What every suite may use: a real server, clients on both backends, and a look at what a test left behind."""
+"""What every suite may use: servers, clients on both backends, worlds, and a look at what a test left behind."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from typing import Final
 
 import fakeredis
 import pytest
+import redis
 
 from millstream import AsyncClient, Client, Settings
 from millstream.testing import ScriptedChannel, fake_async_client, fake_client
 from tests.oracle import check_keys
+from tests.upstream import ScriptedUpstream
 from tests.valkey import Valkey, find_server
+from tests.world import World, a_world
 
 _GRACE: Final = 2.0
 """Seconds a thread or process that is ending may take to be gone."""
@@ -29,6 +32,17 @@ _servers: list[Valkey] = []
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell's background job ignores SIGINT, and so would every process that a test starts and interrupts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The long rounds and their report, and one schedule of the simulation once more."""
+    parser.addoption("--soak", action="store_true", help="the long round of the fault suite")
+    parser.addoption(
+        "--soak-report", type=Path, default=Path("build/soak.json"), metavar="FILE",
+        help="where --soak writes its report (default: build/soak.json)",
+    )  # fmt: skip
+    parser.addoption("--soak-minutes", type=float, default=0.0, metavar="N", help="N minutes of 1,000 streams as well")
+    parser.addoption("--seed", type=int, help="replay this schedule of tests/simulation, and print all of its trace")
 
 
 @pytest.fixture(scope="session")
@@ -92,6 +106,71 @@ async def async_client(
 def channel(client: Client) -> ScriptedChannel:
     """The worker's part, played by hand."""
     return ScriptedChannel(client)
+
+
+@pytest.fixture
+def world(valkey: Valkey, tmp_path: Path) -> Iterator[World]:
+    """A world of the test's own, checked after it. It has a database of its own: `shared` may be alive beside it."""
+    with a_world(valkey.url.removesuffix("0") + "1", tmp_path) as made:
+        yield made
+        made.check_left()
+
+
+@pytest.fixture(scope="module")
+def shared(request: pytest.FixtureRequest, valkey: Valkey, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """A world with one worker for all tests of a module, checked after the last; each test uses prompts of its own.
+
+    The module's ENVIRON, if it has one, is laid over the worker's environment.
+    """
+    environ: dict[str, str] = getattr(request.module, "ENVIRON", {})
+    with a_world(valkey.url, tmp_path_factory.mktemp("shared"), **environ) as made:
+        made.worker()
+        yield made
+        made.check_left()
+
+
+@pytest.fixture
+def valkey_url(valkey: Valkey) -> str:
+    """The address of an empty database that no other world uses."""
+    url = valkey.url.removesuffix("0") + "2"
+    with redis.Redis.from_url(url) as connection:
+        connection.flushdb()
+    return url
+
+
+@pytest.fixture
+def make_world(tmp_path: Path) -> Iterator[Callable[..., World]]:
+    """Worlds at any address, with any environment: `make_world(url, MILLSTREAM_...="...")`."""
+    with ScriptedUpstream(require_key=True) as upstream:
+        made: list[World] = []
+
+        def make(url: str, **environ: str) -> World:
+            folder = tmp_path / str(len(made))
+            folder.mkdir()
+            made.append(World(url, upstream, folder, **environ))
+            return made[-1]
+
+        try:
+            yield make
+        finally:
+            for each in made:
+                each.tell()
+                each.close()
+
+
+@pytest.fixture
+def named(make_world: Callable[..., World], valkey: Valkey, tmp_path: Path) -> Callable[..., World]:
+    """A world with one worker whose upstreams stand in a file, in a database of its own."""
+
+    def make(*tables: str, **environ: str) -> World:
+        path = tmp_path / "upstreams.toml"
+        path.write_text("\n".join(tables))
+        world = make_world(valkey.url.removesuffix("0") + "3", MILLSTREAM_UPSTREAMS=str(path), **environ)
+        world.redis.flushdb()
+        world.worker()
+        return world
+
+    return make
 
 
 @pytest.fixture

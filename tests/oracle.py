@@ -1,6 +1,6 @@
 """The oracle of every experiment: what must hold of a job's log, its consumers and its keys, whatever happened before.
 
-Plain functions over a `redis.Redis` of bytes, for every suite: unit, contract, live and faults.
+Plain functions over a `redis.Redis` of bytes, for every suite: unit, contract, live, faults and simulation.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from millstream.events import TERMINAL_STATUSES, AnyEvent, unpack
+from millstream.events import TERMINAL_STATUSES, AnyEvent, Chunk, unpack
 from millstream.keys import Keys
 
 _TTL_SPREAD_MS = 1000
@@ -76,6 +76,32 @@ def check_consumers(lists: Iterable[Sequence[AnyEvent]], log: Sequence[AnyEvent]
         raise AssertionError(
             f"consumer {number} saw {len(seqs)} of {len(log)} events; first difference {odd}; its seqs: {seqs}"
         )
+
+
+def timeless(events: Iterable[AnyEvent]) -> list[AnyEvent]:
+    """The events without their times, which a repacked log rounds and a worker that sends them again renews."""
+    return [msgspec.structs.replace(event, at=0.0) for event in events]
+
+
+def answers(log: Iterable[AnyEvent], index: int = 0) -> dict[int, list[str]]:
+    """The text of a choice by attempt, cut at its seams: what an upstream sent without being asked to go on."""
+    found: dict[int, list[str]] = {}
+    for event in log:
+        if event.type == "started":
+            found[event.attempt] = [""]
+        elif event.type == "resumed":
+            found[event.attempt].append("")
+        elif isinstance(event, Chunk) and event.index == index:
+            found[event.attempt][-1] += event.content
+    return found
+
+
+def check_at_rest(client: Any) -> None:
+    """Nothing is open, waits to be repacked or was forgotten on its way; no key stays for ever."""
+    redis, keys = client.redis, client.keys
+    assert not redis.zcard(keys.open), f"still open: {redis.zrange(keys.open, 0, -1)}"
+    assert not redis.zcard(keys.repack), f"still to be repacked: {redis.zrange(keys.repack, 0, -1)}"
+    check_keys(redis, keys)
 
 
 _OURS = re.compile(r"^\{([^}]+)\}:(spec|state|log)$")

@@ -1,11 +1,18 @@
-"""A TCP proxy between a client and Redis that loses replies, or is slow: what a network does to acknowledged writes.
+"""A TCP proxy between a client and Redis that does what a network does: loses replies, tears, delays and cuts.
 
-    with Proxy(valkey_port) as proxy:
+    with Proxy(valkey_url) as proxy:
         proxy.lose_every(5)         # every 5th script call is carried out, and its reply never comes
+        proxy.tear_every(7)         # of every 7th the first half of the reply comes, then a reset
         proxy.delay(0.02)           # seconds until each reply is passed on
+        proxy.cut()                 # a reset of every connection there is; new ones are made
+        proxy.refuse(True)          # the same, and nobody gets through until refuse(False)
+        proxy.go_deaf()             # half-open: connections stay, nothing is passed on; new ones are accepted, and deaf
+        proxy.hear()                # what connects from now on is served; what was deaf stays so
+        proxy.lead_to(other_url)    # new connections reach another server: a failover
 
-Only what comes back is touched, so that every command reaches the server. Script calls alone lose replies: they are
-what writes, and a connection needs more than five replies before its first command. A pipeline counts as one call.
+But for a deaf or cut connection only what comes back is touched, so that every command reaches the server. Script
+calls alone lose replies: they are what writes, and a connection needs more than five replies before its first command.
+A pipeline counts as one call.
 """
 
 from __future__ import annotations
@@ -27,12 +34,14 @@ class Proxy:
     """Serves in a thread with a loop of its own. `url` is where clients connect; `lost` counts replies that were."""
 
     def __init__(self, target_url: str) -> None:
-        parts = urlsplit(target_url)
-        self._target = (parts.hostname or "127.0.0.1", parts.port or 6379)
-        self._database = parts.path
-        self._every = 0
+        self._target = _address(target_url)
+        self._database = urlsplit(target_url).path
+        self._lose, self._tear = 0, 0
         self._seconds = 0.0
         self._calls = 0
+        self._refuses = self._deaf = False
+        self._carried: set[_Carried] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self.lost = 0
         self.url = ""
         self._thread: threading.Thread | None = None
@@ -40,11 +49,45 @@ class Proxy:
 
     def lose_every(self, nth: int) -> None:
         """Close the connection instead of passing on what comes after every `nth` script call; 0: none."""
-        self._every = nth
+        self._lose = nth
+
+    def tear_every(self, nth: int) -> None:
+        """Reset the connection in the middle of the reply to every `nth` script call; 0: none."""
+        self._tear = nth
 
     def delay(self, seconds: float) -> None:
         """Pass replies on so much later."""
         self._seconds = seconds
+
+    def cut(self) -> int:
+        """Reset every connection; how many there were."""
+        return self._do(self._cut)
+
+    def refuse(self, refuses: bool) -> None:
+        """Whether to reset every connection, new ones included."""
+        self._refuses = refuses
+        if refuses:
+            self.cut()
+
+    def go_deaf(self) -> None:
+        """From now on nothing passes over any connection, in no direction, and none of them ends."""
+        self._deaf = True
+
+        def deafen() -> int:
+            for each in self._carried:
+                each.deaf = True
+            return len(self._carried)
+
+        self._do(deafen)
+
+    def hear(self) -> None:
+        """Serve new connections again."""
+        self._deaf = False
+
+    def lead_to(self, target_url: str) -> None:
+        """Lead new connections to another server; those there are end."""
+        self._target = _address(target_url)
+        self.cut()
 
     def __enter__(self) -> Self:
         ready: Future[str] = Future()
@@ -60,35 +103,51 @@ class Proxy:
         self._stop()
         self._thread.join()
 
+    def _do(self, action: Callable[[], int]) -> int:
+        """In the proxy's loop; its result."""
+        done: Future[int] = Future()
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(lambda: done.set_result(action()))
+        return done.result()
+
+    def _cut(self) -> int:
+        for each in self._carried:
+            each.task.cancel()
+        return len(self._carried)
+
     async def _serve(self, ready: Future[str]) -> None:
         told = asyncio.Event()
-        loop = asyncio.get_running_loop()
+        self._loop = loop = asyncio.get_running_loop()
         self._stop = lambda: loop.call_soon_threadsafe(told.set)
-        carried: set[asyncio.Task[None]] = set()
 
         def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            task = asyncio.create_task(self._carry(reader, writer))
-            carried.add(task)
-            task.add_done_callback(carried.discard)
+            if self._refuses:
+                writer.transport.abort()
+                return
+            carried = _Carried(self._deaf)
+            carried.task = asyncio.create_task(self._carry(carried, reader, writer))
+            self._carried.add(carried)
+            carried.task.add_done_callback(lambda _task: self._carried.discard(carried))
 
         server = await asyncio.start_server(connected, "127.0.0.1", 0)
         ready.set_result(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}{self._database}")
         await told.wait()
         server.close()
-        for task in list(carried):
-            task.cancel()
-        await asyncio.gather(*carried, return_exceptions=True)
+        tasks = [each.task for each in self._carried]
+        self._cut()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _carry(self, carried: _Carried, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             back, forth = await asyncio.open_connection(*self._target)
-        except OSError:
+        except BaseException as error:  # cut before it was made, too
             writer.transport.abort()
-            return
-        doomed = asyncio.Event()
+            if isinstance(error, OSError):
+                return
+            raise
         ways = [
-            asyncio.create_task(self._forward(reader, forth, doomed)),
-            asyncio.create_task(self._reply(back, writer, doomed)),
+            asyncio.create_task(self._forward(carried, reader, forth)),
+            asyncio.create_task(self._reply(carried, back, writer)),
         ]
         try:
             await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
@@ -97,23 +156,45 @@ class Proxy:
                 way.cancel()
             await asyncio.gather(*ways, return_exceptions=True)
             writer.transport.abort()
-            forth.close()
+            forth.transport.abort()
 
-    async def _forward(self, reader: asyncio.StreamReader, forth: asyncio.StreamWriter, doomed: asyncio.Event) -> None:
+    async def _forward(self, carried: _Carried, reader: asyncio.StreamReader, forth: asyncio.StreamWriter) -> None:
         while data := await reader.read(_BLOCK):
+            if carried.deaf:
+                continue
             if _SCRIPT_CALL.search(data):
                 self._calls += 1
-                if self._every and self._calls % self._every == 0:
-                    doomed.set()
+                carried.loses |= bool(self._lose) and self._calls % self._lose == 0
+                carried.tears |= bool(self._tear) and self._calls % self._tear == 0
             forth.write(data)
             await forth.drain()
 
-    async def _reply(self, back: asyncio.StreamReader, writer: asyncio.StreamWriter, doomed: asyncio.Event) -> None:
+    async def _reply(self, carried: _Carried, back: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await back.read(_BLOCK):
-            if doomed.is_set():
+            if carried.deaf:
+                continue
+            if carried.loses or carried.tears:
                 self.lost += 1
+                if carried.tears:
+                    writer.write(data[: len(data) // 2])
+                    await asyncio.sleep(0)  # out, before the reset
                 return
             if self._seconds:
                 await asyncio.sleep(self._seconds)
             writer.write(data)
             await writer.drain()
+
+
+class _Carried:
+    """One connection through the proxy, and what shall become of it."""
+
+    task: asyncio.Task[None]
+
+    def __init__(self, deaf: bool) -> None:
+        self.deaf = deaf
+        self.loses = self.tears = False
+
+
+def _address(url: str) -> tuple[str, int]:
+    parts = urlsplit(url)
+    return parts.hostname or "127.0.0.1", parts.port or 6379

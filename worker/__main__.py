@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import gc
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -48,6 +49,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a worker; the exit status."""
     asked = parser().parse_args(argv)
+    # Until the loop has its own: as pid 1 of a container, a process ignores what it has no handler for.
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     try:
         check_release()
         if asked.streams is not None and not 1 <= asked.streams <= 10_000:

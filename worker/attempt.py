@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -25,6 +26,7 @@ from .choice import GuardedUpstream, Held, admit
 from .clocks import Clock, Ticker
 from .outbox import Outbox
 from .retries import ANNOUNCED, WAITING_ROOM, HandBack
+from .turns import Turns
 from .upstream import Answer, Finish, Part, Piece, UpstreamFailure, Verdict, continuation
 from .writer import Writer
 
@@ -44,6 +46,7 @@ class Means:
     settings: Settings
     writer: Writer
     ticker: Ticker
+    turns: Turns
     worker: str
 
 
@@ -54,6 +57,8 @@ class Seam:
     text: str
     tokens: int
     usage: dict[str, Any]
+    spent: float
+    """Seconds the answer has taken so far; its total time goes on from there."""
     written: bool = False
     """Whether `resumed` is in the log, because the upstream did go on."""
 
@@ -74,9 +79,11 @@ class Attempt:
         self._partial = continuation.Partial() if spec.on_break == "continue" else None
         self._tokens = 0
         self._seam: Seam | None = None
+        self._clock: Clock | None = None  # of the request made last
         self._seams = 0
         self._usage_at = 0.0
         self._prompt_bytes = len(msgspec.json.encode(spec.messages))
+        self._size = self._prompt_bytes + len(msgspec.json.encode(spec.params))
         self._log = log.bind(job=outbox.job_id)
 
     @property
@@ -119,19 +126,22 @@ class Attempt:
     def go_on(self) -> None:
         """Make the next request one that goes on. What waits in the outbox stays: it is part of the text."""
         assert self._partial is not None
-        self._seam = Seam(self._partial.text(), self._tokens, self._answer.usage)
+        spent = 0.0 if self._clock is None else self._clock.spent + (self._seam.spent if self._seam else 0.0)
+        self._seam = Seam(self._partial.text(), self._tokens, self._answer.usage, spent)
         self._seams += 1
 
     # One request -------------------------------------------------------------------------------------------------
 
     async def request(self) -> Verdict:
         """Ask once. Raises UpstreamFailure, or HandBack when the wait for leave would be too long."""
+        await self._means.turns.mine(self._size)
         upstream, ticket = await self._leave()
         self._again = True
         self._announce(upstream)
         try:
             verdict = await self._timed(upstream, ticket)
         except UpstreamFailure as failure:
+            upstream.redact(failure)
             if failure.of_the_upstream:
                 ticket.failed()
             else:
@@ -168,7 +178,8 @@ class Attempt:
         if before is None:
             worker, model, claim = self._means.worker, self._spec.model, self._claim
             reason = claim.reason if claim.attempt > 1 else None
-            self._put(compact("started", worker=worker, model=model, upstream=upstream.name, reason=reason))
+            mark = secrets.token_hex(4)  # tells this attempt from another of its number, should Redis lose this one
+            self._put(compact("started", worker=worker, model=model, upstream=upstream.name, reason=reason, mark=mark))
             self._log.info(
                 "job.started", attempt=claim.attempt, model=model, upstream=upstream.name, reason=claim.reason
             )
@@ -179,8 +190,8 @@ class Attempt:
     async def _timed(self, upstream: GuardedUpstream, ticket: Ticket) -> Verdict:
         settings, task = self._means.settings, asyncio.current_task()
         assert task is not None
-        total = self._spec.timeout or settings.total_timeout
-        clock = Clock(settings.first_token_timeout, settings.idle_timeout, total, task.cancel)
+        total = (self._spec.timeout or settings.total_timeout) - (self._seam.spent if self._seam else 0.0)
+        clock = self._clock = Clock(settings.first_token_timeout, settings.idle_timeout, total, task.cancel)
         self._means.ticker.add(clock)
         try:
             return await self._read(upstream, ticket, clock)
@@ -226,8 +237,8 @@ class Attempt:
                 await stream.play(take, room)
                 done = stream.done
         except UpstreamFailure as failure:
-            if failure.code != "stream_broken" or not answer.finished:
-                raise  # else every choice had ended before the connection broke: the answer is whole
+            if failure.code not in ("stream_broken", "malformed_stream") or not answer.finished:
+                raise  # else every choice had ended before the connection or the grammar broke: the answer is whole
         return answer.verdict(done=done)
 
     def _pass_on(self, answer: Answer, clock: Clock, ticket: Ticket, parts: Sequence[Part]) -> None:
@@ -235,6 +246,8 @@ class Attempt:
         for part in parts:
             if isinstance(part, Piece):
                 answer.pieces += 1  # what answer.take would do: this is once for every token
+                if answer.reasons:
+                    answer.note_more(part.index)
                 content = True
                 if part.delta is None:
                     self._outbox.text(part.index, part.text)

@@ -19,6 +19,9 @@ GATHER: Final = 0.02
 """Seconds between batches: ends of short jobs come in crowds, and a batch costs three round trips whatever its size."""
 
 MAX_BATCH: Final = 200
+AWAY: Final = 1.0
+"""Seconds between tries while Redis is away."""
+
 BEAT: Final = 20.0
 """Seconds between heartbeats towards RQ, a third of the time after which RQ takes an execution for abandoned."""
 
@@ -53,11 +56,10 @@ class Clerk:
         """Until cancelled."""
         while True:
             await self._work.wait()
-            await self.flush()
-            await asyncio.sleep(GATHER)
+            await asyncio.sleep(GATHER if await self.flush() else AWAY)
 
-    async def flush(self) -> None:
-        """Write everything collected so far."""
+    async def flush(self) -> bool:
+        """Write everything collected so far; whether Redis took it."""
         self._work.clear()
         while self._started or self._ended:
             started, ended = self._started[:MAX_BATCH], self._ended[:MAX_BATCH]
@@ -68,9 +70,9 @@ class Clerk:
             except redis.exceptions.RedisError as error:
                 log.warning("rq.books_wait", reason=str(error)[:200], waiting=len(self._started) + len(self._ended))
                 self._work.set()
-                await asyncio.sleep(1.0)
-                return
+                return False
             del self._started[: len(started)], self._ended[: len(ended)]
+        return True
 
     async def beat(self) -> None:
         """RQ's heartbeats and maintenance, until cancelled."""
@@ -86,10 +88,10 @@ class Clerk:
             await asyncio.sleep(BEAT)
 
     async def close(self) -> None:
-        """Write what is left, sign off."""
-        await self.flush()
-        try:
-            await self.do(self._worker.teardown)
-        except redis.exceptions.RedisError as error:
-            log.warning("rq.sign_off_failed", reason=str(error)[:200])
+        """Write what is left, sign off; not both in vain, since each takes the retries of a client (3 s)."""
+        if await self.flush():
+            try:
+                await self.do(self._worker.teardown)
+            except redis.exceptions.RedisError as error:
+                log.warning("rq.sign_off_failed", reason=str(error)[:200])
         self._thread.shutdown(wait=False)

@@ -13,6 +13,9 @@ from typing import Final
 TICK: Final = 0.1
 """Seconds between looks; a clock strikes at most this late."""
 
+HELD_UP: Final = 0.5
+"""Seconds: a look that comes later than this finds a process that stood still, stopped or starved, not an upstream."""
+
 TAIL: Final = 5.0
 """Seconds that a finished answer is waited for its usage and the end of its stream."""
 
@@ -54,6 +57,18 @@ class Clock:
             if self._seen is not None:
                 self._seen += paused
 
+    def excuse(self, late: float) -> None:
+        """For so many seconds nobody looked, and nobody read: what came meanwhile is still to be seen."""
+        if self._paused_at is None:
+            self._started += late
+            if self._seen is not None:
+                self._seen = min(self._seen + late, self._loop.time())
+
+    @property
+    def spent(self) -> float:
+        """Seconds since the request, pauses of ours not counted."""
+        return self._loop.time() - self._started
+
     def look(self, now: float) -> str | None:
         """The name of the clock that has run out, if one has."""
         if self._paused_at is not None:
@@ -81,8 +96,12 @@ class Ticker:
         """Until cancelled."""
         loop = asyncio.get_running_loop()
         while True:
+            due = loop.time() + TICK
             await asyncio.sleep(TICK)
             now = loop.time()
+            if now - due > HELD_UP:
+                for clock in self._clocks:
+                    clock.excuse(now - due)
             for clock in [each for each in self._clocks if each.struck is None]:
                 if code := clock.look(now):
                     clock.struck = code

@@ -27,6 +27,7 @@ from millstream.redis_door import translated
 
 from .clerk import Clerk
 from .rq_worker import Entry, PoisonError, StreamWorker
+from .turns import COSTLY
 
 BATCH: Final = 50
 PEEK: Final = 2.0
@@ -197,7 +198,12 @@ class Intake:
             bodies = await self._client.redis.mget([self._client.keys.spec(job_id) for job_id in job_ids])
         except redis.exceptions.RedisError as error:
             raise RedisUnavailable(str(error)) from error
-        return [_spec(body) for body in bodies]
+        specs = []
+        for body in bodies:
+            specs.append(_spec(body))
+            if body is not None and len(body) >= COSTLY:
+                await asyncio.sleep(0)  # parsing takes up to 70 ms, and there are others on the loop
+        return specs
 
 
 def _broken_keys(error: RedisUnavailable) -> bool:

@@ -46,7 +46,7 @@ class Line:
             self.close()
             raise self._unavailable(str(error)) from None
         if isinstance(reply, hiredis.ReplyError):
-            if str(reply).startswith("READONLY"):
+            if str(reply).startswith(("READONLY", "MASTERDOWN")):
                 self.close()  # demoted: by now its address may lead to another server
             raise self._unavailable(str(reply)[:200])
         return call.decode(reply)

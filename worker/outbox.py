@@ -191,6 +191,10 @@ class Outbox:
         self._settled.clear()
         return self._frame
 
+    def heartbeat(self) -> Frame:
+        """A frame that changes nothing here or there but the lease, whatever else is on its way; seq 1 is no gap."""
+        return Frame(self.job_id, self._keys, self.holder, 1, [], b"", None)
+
     def _next_events(self) -> list[bytes]:
         self._close_text()
         events: list[bytes] = []

@@ -17,8 +17,9 @@ import structlog
 from millstream import calls
 from millstream.async_client import AsyncClient
 from millstream.calls import Claim
-from millstream.errors import RedisUnavailable, SpecError
+from millstream.errors import JobNotFound, RedisUnavailable, SpecError
 from millstream.job import Spec
+from millstream.redis_door import translated
 from millstream.settings import Settings
 
 from .choice import GuardedUpstream, Upstreams
@@ -26,10 +27,12 @@ from .clerk import Clerk
 from .clocks import Ticker
 from .intake import Intake
 from .line import Line
+from .pulse import Pulse
 from .relay import Relay, Services
 from .repacker import Repacker
 from .rq_worker import Entry, StreamWorker
 from .sweeper import Sweeper
+from .turns import Turns
 from .upstream import UpstreamSettings
 from .writer import Writer
 
@@ -64,6 +67,7 @@ class Process:
                 self._line.run, settings.keys, settings.lease, settings.flush_ms and settings.flush_ms / 1000
             ),
             ticker=Ticker(),
+            turns=Turns(),
             upstreams=self._upstreams,
             worker=worker.name,
         )
@@ -75,7 +79,8 @@ class Process:
         for each in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(each, self._on_signal)
         self._worker.on_stop = lambda rq_id: loop.call_soon_threadsafe(self._stop_job, rq_id)
-        await self._clerk.do(self._worker.born)
+        with translated(self._settings.redis_url):
+            await self._clerk.do(self._worker.born)
         log.info(
             "worker.ready", worker=self._worker.name, streams=self._settings.streams, lanes=self._worker.queue_names()
         )
@@ -84,6 +89,7 @@ class Process:
             self._service(self._services.ticker.run()),
             self._service(self._clerk.run()),
             self._service(self._clerk.beat()),
+            self._service(Pulse(self._settings, self._services.writer.heartbeats).run()),
             self._service(Sweeper(self._client).run()),
             self._service(Repacker(self._client).run()),
         ]
@@ -158,6 +164,8 @@ class Process:
             await self._client.run(calls.cancel(self._settings.keys, relay.job_id))
         except RedisUnavailable as error:
             log.warning("job.stop_failed", job=relay.job_id, reason=str(error))
+        except JobNotFound:  # a failover lost it: its relay learns that, too
+            relay.look()
         else:
             relay.look()
 
@@ -193,7 +201,11 @@ class Process:
             if not task.cancelled() and task.exception() is None and task.result() == "released":
                 entry = left[task][0]
                 lane = entry.rq_job.origin.removeprefix(f"{self._settings.prefix}-")
-                await self._client.run(calls.redeliver(self._settings.keys, entry.job_id, lane))
+                try:
+                    await self._client.run(calls.redeliver(self._settings.keys, entry.job_id, lane))
+                except RedisUnavailable as error:  # released it is: a sweep finds that nobody delivered it
+                    log.warning("worker.not_delivered", jobs=len(done), reason=str(error))
+                    return
 
 
 async def _end(services: Sequence[asyncio.Task[None]]) -> None:

@@ -26,6 +26,16 @@ def check(connection: redis.Redis, settings: Settings) -> None:
     version = tuple(int(part) for part in str(info.get("redis_version", "0.0")).split(".")[:2])
     if version < OLDEST:
         raise RedisUnavailable(f"Redis at {where} is version {info['redis_version']}, at least 7.0 is needed")
+    if info.get("cluster_enabled"):
+        raise SettingsError(
+            f"Redis at {where} runs in cluster mode, where a script cannot touch a job and its queue at once; "
+            "give REDIS_URL a primary that stands alone, or with replicas behind Sentinel"
+        )
+    if info.get("role", "master") != "master":
+        raise RedisUnavailable(
+            f"Redis at {where} is a replica and takes no writes; give REDIS_URL its primary, "
+            f"{info.get('master_host')}:{info.get('master_port')}"
+        )
     if (
         not is_local(settings.redis_url)
         and not settings.allow_insecure_redis

@@ -33,6 +33,7 @@ from .choice import Upstreams
 from .clocks import Ticker
 from .outbox import Outbox
 from .retries import HandBack, persist
+from .turns import Turns
 from .upstream import UpstreamFailure, Verdict
 from .writer import Run, Writer
 
@@ -51,6 +52,7 @@ class Services:
     settings: Settings
     writer: Writer
     ticker: Ticker
+    turns: Turns
     upstreams: Upstreams
     worker: str
 
@@ -65,7 +67,7 @@ class Relay:
         self._spec = spec if isinstance(spec, Spec) else Spec(model="", messages=[])
         self._claim = claim
         self._outbox = Outbox(job_id, services.keys.written(job_id), token, claim.attempt, claim.seq, self._interrupt)
-        self._means = Means(services.settings, services.writer, services.ticker, services.worker)
+        self._means = Means(services.settings, services.writer, services.ticker, services.turns, services.worker)
         self._attempt = self._begin(again=False)
         self._stopped: str | None = None
         self._task: asyncio.Task[Any] | None = None

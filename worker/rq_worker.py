@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import redis
 import redis.exceptions
+from redis.client import PubSub, PubSubWorkerThread
 from rq.command import handle_command, parse_payload
 from rq.defaults import RQ_KEY_PREFIX
 from rq.exceptions import NoSuchJobError
@@ -115,6 +116,11 @@ class StreamWorker(BaseWorker):
             thread.stop()
             self.pubsub.unsubscribe()  # type: ignore[no-untyped-call]  # wakes the thread, which closes it
             thread.join(timeout=1)
+
+    def _pubsub_exception_handler(self, exc: Exception, pubsub: PubSub, pubsub_thread: PubSubWorkerThread) -> None:
+        """Go on listening for commands whatever Redis says; RQ's own gives up after a timeout or an error reply."""
+        away = redis.exceptions.ConnectionError(str(exc)) if isinstance(exc, redis.exceptions.RedisError) else exc
+        super()._pubsub_exception_handler(away, pubsub, pubsub_thread)
 
     def handle_payload(self, message: Mapping[str, Any]) -> None:
         """A command: stopping a job cancels it; the rest is RQ's (shutdown is a SIGINT to this process)."""

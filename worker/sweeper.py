@@ -39,9 +39,11 @@ class Sweeper:
         lease = self._client.settings.lease
         while True:
             await asyncio.sleep(min(EVERY, lease / 4))
+            asked = loop.time()
             try:
                 due = await self._due()
-                if self._healthy_since is None:
+                # A look that took long outlasted an outage, by the retries below it: that is no unbroken connection.
+                if self._healthy_since is None or loop.time() - asked > lease / 4:
                     self._healthy_since = loop.time()
                 if due and loop.time() - self._healthy_since >= lease:
                     await self._sweep(due)

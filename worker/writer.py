@@ -80,6 +80,11 @@ class Writer:
         self._dirty[outbox] = None
         self._wake.set()
 
+    def heartbeats(self) -> list[Frame]:
+        """A heartbeat for each job that is carried now. Made of nothing that changes: another thread may ask."""
+        living = [each for each in list(self._outboxes) if not (each.ended or each.stopped)]
+        return [each.heartbeat() for each in living]
+
     async def run(self) -> None:
         """Until cancelled."""
         loop = asyncio.get_running_loop()

@@ -30,6 +30,11 @@ def unpack(entry_id: str, fields: dict[str, str]) -> Iterator[dict[str, Any]]:
         yield {"v": 1, "seq": seq, "attempt": int(fields["a"]), "at": int(fields["t"]) / 1000, **event}
 
 
+def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two events are one, but for `at`, which repacking rounds."""
+    return {**one, "at": 0} == {**other, "at": 0}
+
+
 class Follower:
     """One consumer's place in one job's log."""
 
@@ -37,7 +42,8 @@ class Follower:
         self.redis: Any = connection
         self.state, self.log, self.channel = (f"{prefix}:{{{job}}}:{part}" for part in ("state", "log", "chunks"))
         self.cursor = after  # the last seq that was taken
-        self.attempt = 0  # of the event at the cursor, 0 while unknown
+        self.seen: dict[str, Any] | None = None  # the event at the cursor, None while unknown
+        self.begun: dict[str, Any] = {}  # the `started` of its attempt, empty while unknown
         self.known = self.ended = False
 
     def events(self) -> Iterator[dict[str, Any]]:
@@ -61,11 +67,19 @@ class Follower:
                 if event["seq"] == self.cursor + 1:
                     yield self.take(event)
                     continue
-                if event["seq"] <= self.cursor:
-                    if self.attempt and event["attempt"] > self.attempt:
-                        raise RuntimeError("LogRewound: a newer attempt at a seq that was seen")
+                if event["seq"] <= self.cursor and not self.contradicts(event):
                     continue
-            yield from self.read()  # acknowledged (also after a reconnect of redis-py's own), a gap, or silence
+            before = self.cursor
+            yield from self.read()  # acknowledged (after a reconnect, too), a gap, a doubt, or silence
+            if message is None and self.cursor > before:
+                return  # there was news and nobody told: nothing comes over this subscription
+
+    def contradicts(self, event: dict[str, Any]) -> bool:
+        """Whether an event at or below the cursor is no late copy of what was taken: the log knows."""
+        if event["type"] in TERMINAL or self.seen is None:
+            return event["type"] in TERMINAL
+        another = event["seq"] == self.cursor and not same(event, self.seen)
+        return another or event["attempt"] > self.seen["attempt"]
 
     def read(self) -> Iterator[dict[str, Any]]:
         """Take the log from the cursor to its end."""
@@ -73,15 +87,19 @@ class Follower:
             with self.redis.pipeline(transaction=True) as both:
                 both.xrange(self.log, min=f"{max(1, self.cursor)}-0", count=PACKS)
                 both.hmget(self.state, "seq", "status")
-                packs, (seq, status) = both.execute()
+                both.xrange(self.log, min=f"{self.begun.get('seq', 1)}-0", count=1)
+                packs, (seq, status), begun = both.execute()
             if seq is None:
                 raise LookupError("JobExpired: it was there" if self.known else "JobNotFound")
             self.known = True
             if self.cursor > int(seq):
                 raise RuntimeError("LogRewound: the log ends before what was seen")
+            for event in (each for pack in begun for each in unpack(*pack)):
+                if event["seq"] == self.begun.get("seq") and event.get("mark") != self.begun.get("mark"):
+                    raise RuntimeError("LogRewound: another attempt stands where the one that was seen began")
             for event in (each for pack in packs for each in unpack(*pack)):
-                if event["seq"] == self.cursor and self.attempt and event["attempt"] != self.attempt:
-                    raise RuntimeError("LogRewound: another attempt at the seq that was seen last")
+                if event["seq"] == self.cursor and self.seen is not None and not same(event, self.seen):
+                    raise RuntimeError("LogRewound: another event at the seq that was seen last")
                 if event["seq"] > self.cursor + 1:
                     raise LookupError("JobExpired: the log's beginning is gone")
                 if event["seq"] == self.cursor + 1:
@@ -95,7 +113,8 @@ class Follower:
 
     def take(self, event: dict[str, Any]) -> dict[str, Any]:
         """Move the cursor to the next event."""
-        self.cursor, self.attempt = event["seq"], event["attempt"]
+        self.cursor, self.seen = event["seq"], event
+        self.begun = event if event["type"] == "started" else self.begun
         self.ended = event["type"] in TERMINAL
         return event
 

@@ -192,10 +192,11 @@ class Course:
             self._checked(reply)
             self.window.dropped(job_id)
         for row, reply in zip(rows, replies[len(drops) :], strict=True):
-            if isinstance(reply, OutOfMemoryError):
-                self.trouble, self._submit_at = self._words(reply), now + FULL
+            oom = isinstance(reply, OutOfMemoryError)
+            outcome, status = ("full", self._words(reply)) if oom else self._checked(reply)
+            if outcome == "full":
+                self.trouble, self._submit_at = status, now + FULL
                 continue  # running jobs still end, and what is kept is dropped: there will be room again
-            outcome, status = self._checked(reply)
             self.window.accepted(row.job_id, outcome, status, now)
 
     def _opening(self, row: Row) -> Call[tuple[str, str]]:

@@ -5,9 +5,11 @@
 --       8 patience (ms): when a sweep first asks whether the queue entry is still there
 --       9 the queue's name as RQ's set of queues holds it  10 RQ job id
 --       11.. field, value, ... of the RQ job hash
--- Returns {'created' | 'exists' | 'conflict', status}
+-- Returns {'created' | 'exists' | 'conflict', status}, or {'full', bytes used, maxmemory}
 -- A lost reply may be retried: the same spec under a known id is the same job and is not delivered twice.
--- At maxmemory the server refuses this script before its first write, so nothing is accepted halfway.
+-- The last tenth of maxmemory is kept for the jobs that are accepted already: their deliveries are taken, their answers
+-- written, RQ's books kept. At maxmemory itself the server refuses this script before its first write. Either way nothing
+-- is accepted halfway. A user who may not call INFO meets the second limit alone.
 -- flags:
 
 local held = redis.call('GET', KEYS[1])
@@ -16,6 +18,14 @@ if held then
     return {'exists', redis.call('HGET', KEYS[2], 'status')}
   end
   return {'conflict', ''}
+end
+
+local memory = redis.pcall('INFO', 'memory') -- 8 us
+if type(memory) == 'string' then
+  local used, limit = string.match(memory, 'used_memory:(%d+)'), string.match(memory, '\nmaxmemory:(%d+)')
+  if limit and tonumber(limit) > 0 and used + #ARGV[1] > limit * 0.9 then
+    return {'full', used, limit}
+  end
 end
 
 local t = redis.call('TIME')

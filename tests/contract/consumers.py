@@ -83,9 +83,9 @@ class Consumer:
     def wait_for(self, seq: int, job_id: str | None = None) -> None:
         wait_until(lambda: self.seen(seq, job_id), f"event {seq}")
 
-    def join(self) -> dict[str, list[Event]]:
+    def join(self, within: float = PATIENCE) -> dict[str, list[Event]]:
         """Wait for its end and return what it saw."""
-        self._thread.join(PATIENCE)
+        self._thread.join(within)
         assert not self._thread.is_alive(), f"it still follows; seen: { {k: len(v) for k, v in self.events.items()} }"
         if self.error:
             raise self.error

@@ -111,6 +111,39 @@ def test_a_log_that_was_written_anew_shows_no_mixture(own_server: Valkey, kind: 
         client.redis.flushall()
 
 
+def test_an_attempt_that_got_the_number_of_a_lost_one_shows_no_mixture(own_server: Valkey, kind: str) -> None:
+    """The server lost attempt 1 with its claim; another attempt 1 has written more than was read of the first."""
+    settings = Settings(redis_url=own_server.url)
+    with Client(settings=settings) as client:
+        names = (client.keys.log("j"), client.keys.state("j"))
+        client.submit("Hi", id="j")
+        queued = client.redis.dump(names[1])
+
+        def forget() -> None:
+            client.redis.delete(*names)
+            client.redis.restore(names[1], 0, queued)
+
+        channel = ScriptedChannel(client)
+        channel.start("j", token="second")
+        for text in "wxyz":
+            channel.chunk("j", text)
+        anew = {name: client.redis.dump(name) for name in names}
+        forget()
+        channel = ScriptedChannel(client)
+        channel.start("j", token="first")
+        channel.chunk("j", "a")
+        consumer = Consumer(
+            lambda: Client(settings=settings) if kind == "sync" else AsyncClient(settings=settings), ["j"]
+        )
+        consumer.wait_for(2)
+        for name, dump in anew.items():
+            client.redis.restore(name, 0, dump, replace=True)
+        client.redis.client_kill_filter(_type="pubsub")
+        with pytest.raises(LogRewound, match="was written anew"):
+            consumer.join()
+        client.redis.flushall()
+
+
 def test_a_result_keeps_its_time_while_the_server_is_away(
     own_server: Valkey, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.live.producer_processes import ROOT
-from tests.live.worker_process import PATIENCE, environment, wait_until
 from tests.upstream import DEFAULT_CHUNKS, expected_text, seed_of
+from tests.worker_process import PATIENCE, environment, wait_until
 
 
 def row(number: int, **body: Any) -> dict[str, Any]:

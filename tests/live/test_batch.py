@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 
 from tests.live.batch_processes import batch, check_answers, read, row, write
-from tests.live.conftest import World
 from tests.live.producer_processes import ROOT, Room, Screen
-from tests.live.worker_process import environment, wait_until
 from tests.upstream import Request, Script, Text, WaitFor, answer, expected_text, good_answer, seed_of
 from tests.valkey import Valkey
+from tests.worker_process import environment, wait_until
+from tests.world import World
 
 OFFICIAL = [  # the examples of OpenAI's Batch guide and cookbook, written anew: same fields, same shapes
     {"custom_id": "request-1", "method": "POST", "url": "/v1/chat/completions",
@@ -141,7 +141,7 @@ def test_every_row_once_whoever_is_killed(
     world: World, tmp_path: Path, request: pytest.FixtureRequest, say: Callable[[str], None]
 ) -> None:
     """Producer and worker are killed in turn at random moments; the same command goes on."""
-    soak = request.config.getoption("--soak", default=False)
+    soak = request.config.getoption("--soak")
     kills, count = (20, 4000) if soak else (3, 240)
     seed = random.randrange(1 << 32)
     chance = random.Random(seed)
@@ -355,7 +355,7 @@ def test_a_full_redis_is_waited_for(make_world: Callable[..., World], tmp_path: 
             assert run.process.stderr is not None
             report = json.loads(run.process.stderr.readline())
             assert (report["event"], report["answered"]) == ("progress", 0)
-            assert "is full (maxmemory)" in report["trouble"]
+            assert "Redis is full" in report["trouble"]
             world.redis.config_set("maxmemory", 0)
             summary = run.summary(within=60)
         assert (summary["status"], summary["answered"]) == (0, 40)

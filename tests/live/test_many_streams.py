@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from rq import Queue, Worker
 from rq.command import send_stop_job_command
@@ -19,11 +18,12 @@ from rq.serializers import JSONSerializer
 
 from local import guard
 from millstream.events import Cancelled, Chunk, Started
-from tests.live.conftest import World
-from tests.live.worker_process import environment, wait_until
 from tests.oracle import check_log
 from tests.upstream import expected_text, seed_of
+from tests.upstream_process import Upstream, an_upstream
 from tests.valkey import Valkey
+from tests.worker_process import environment, memory_of, wait_until
+from tests.world import World
 
 STREAMS: Final = 500
 CHUNKS: Final = 60
@@ -35,45 +35,6 @@ STOPS_WITHIN: Final = 0.5
 
 MEMORY: Final = 100 * 1024
 """Bytes a live stream may take of the worker, its share of all buffers and caches included: the budget."""
-
-
-class Upstream:
-    """`python -m tests.upstream` behind its standard input and output."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self._process = process
-        self.base_url = self._line()
-
-    def ask(self, command: str) -> Any:
-        """The answer to a command, parsed."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{command}\n")
-        self._process.stdin.flush()
-        return json.loads(self._line())
-
-    def open_streams(self) -> int:
-        return int(self.ask("count")["open"])
-
-    def exchange(self, prompt: str) -> dict[str, Any]:
-        """The one request with this prompt."""
-        [found] = [each for each in self.ask("journal") if each["prompt"] == prompt]
-        return dict(found)
-
-    def _line(self) -> str:
-        assert self._process.stdout is not None
-        return self._process.stdout.readline().strip()
-
-
-@contextmanager
-def an_upstream() -> Iterator[Upstream]:
-    """An upstream that takes no time of this process, nor of its interpreter's lock."""
-    command = [sys.executable, "-m", "tests.upstream", "--require-key", "--commands"]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, cwd=guard.ROOT, stdin=pipe, stdout=pipe, text=True) as process:
-        try:
-            yield Upstream(process)
-        finally:
-            process.kill()
 
 
 @contextmanager
@@ -94,12 +55,6 @@ def times_of(jobs: list[Job]) -> list[float]:
     for job in jobs:
         job.refresh()  # type: ignore[no-untyped-call]
     return [(job.ended_at - job.enqueued_at).total_seconds() for job in jobs if job.ended_at and job.enqueued_at]
-
-
-def memory_of(pid: int) -> int:
-    """The process's own memory in bytes: what it shares with nobody, be it in RAM or not."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon", "VmSwap")))
 
 
 def test_500_jobs_stream_at_once_in_one_process(

@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
+from local.model import SLOTS
 from local.parts import Model
-from millstream.events import AnyEvent, Chunk, Resumed, Retrying, Started
-from tests.live.conftest import World
-from tests.live.worker_process import WorkerProcess, wait_until
-from tests.upstream import (
-    Chunk as Part,
-)
+from millstream.events import Chunk, Resumed, Retrying
 from tests.upstream import (
     Filler,
-    Finish,
     Raw,
-    Request,
-    Reset,
     Script,
     ScriptedUpstream,
-    Stall,
     Text,
-    Usage,
     answer,
     black_hole,
     error,
@@ -35,35 +25,14 @@ from tests.upstream import (
     refused,
 )
 from tests.valkey import Valkey
+from tests.worker_process import WorkerProcess, wait_until
+from tests.world import World, starts, table
 
 N: Final = 12
 WHOLE: Final = expected_text(N, 1)
 GOOD: Final = answer(Text(N, seed=1))
 OPEN: Final = 15.0
 MEGABYTE: Final = 1024 * 1024
-
-
-@pytest.fixture
-def named(make_world: Callable[..., World], valkey: Valkey, tmp_path: Path) -> Callable[..., World]:
-    """A world with one worker whose upstreams stand in a file, in a database of its own."""
-
-    def make(*tables: str, **environ: str) -> World:
-        path = tmp_path / "upstreams.toml"
-        path.write_text("\n".join(tables))
-        world = make_world(valkey.url.removesuffix("0") + "3", MILLSTREAM_UPSTREAMS=str(path), **environ)
-        world.redis.flushdb()
-        world.worker()
-        return world
-
-    return make
-
-
-def table(name: str, base_url: str, more: str = "") -> str:
-    return f'[upstreams."{name}"]\nbase_url = "{base_url}"\n{more}\n'
-
-
-def starts(log: list[AnyEvent]) -> list[tuple[int, str, str | None]]:
-    return [(each.attempt, each.upstream, each.reason) for each in log if isinstance(each, Started)]
 
 
 # Down ----------------------------------------------------------------------------------------------------------------
@@ -142,141 +111,25 @@ def test_upstreams_that_cannot_be_reached_say_so(named: Callable[..., World], sa
     say(f"{len(places)} ways not to be reached")
 
 
-# Broken off ----------------------------------------------------------------------------------------------------------
-
-
-def cut(*fault: Any) -> Script:
-    return Script(Part("", role="assistant"), Text(7, 0.01, seed=1), *fault)
-
-
-REST: Final = WHOLE.removeprefix(expected_text(7, 1))
-ON: Final = answer(Part(REST), Usage(prompt_tokens=11, completion_tokens=5))
-
-
-@pytest.fixture
-def continuing(named: Callable[..., World]) -> Iterator[tuple[World, ScriptedUpstream]]:
-    """An upstream under four names, each going on its own way, and one that cannot."""
+def test_a_worker_that_stood_still_blames_nobody(named: Callable[..., World]) -> None:
+    """Stopped for twice its idle time it finds the bytes that waited, and goes on in the same attempt."""
     with ScriptedUpstream() as upstream:
-        dialects = ("vllm", "llama.cpp", "deepseek", "mistral", "")
-        tables = [
-            table(each or "other", upstream.base_url, f'models = ["{each or "other"}"]\ncontinue_with = "{each}"')
-            for each in dialects
-        ]
-        yield named(*tables, MILLSTREAM_RETRIES="2", MILLSTREAM_IDLE_TIMEOUT="0.6"), upstream
-
-
-def asked(upstream: ScriptedUpstream, prompt: str) -> list[Request]:
-    return [each.request for each in upstream.requests_for(prompt)]
-
-
-def test_a_broken_answer_goes_on_from_its_text(continuing: tuple[World, ScriptedUpstream]) -> None:
-    """One attempt, one seam, the text exactly once, for each dialect and each way to break."""
-    world, upstream = continuing
-    faults = {"reset": Reset(), "stall": Stall(), "error": Raw(b'data: {"error":"gone"}\n\n'), "end": Raw(b"")}
-    for dialect in ("vllm", "llama.cpp", "deepseek", "mistral"):
-        for name, fault in faults.items():
-            prompt = f"{dialect} {name}"
-            repeated = answer(Part(WHOLE[:9]), Part(WHOLE[9:])) if dialect == "mistral" else ON
-            upstream.on(cut(fault), repeated, prompt=prompt)
-            job_id = world.submit(prompt, model=dialect, on_break="continue", max_tokens=100)
+        world = named(table("steady", upstream.base_url), MILLSTREAM_IDLE_TIMEOUT="0.6", MILLSTREAM_LEASE="4")
+        [worker] = world.workers
+        upstream.on(answer(Text(200, 0.02, seed=1)))
+        jobs = [world.submit(f"steady {number}") for number in range(10)]
+        for job_id in jobs:
+            world.wait_for_seq(job_id, 5)
+        for _ in range(2):
+            worker.freeze()
+            time.sleep(1.2)  # twice what the upstream is allowed
+            worker.thaw()
+            seq = world.seq(jobs[0])
+            world.wait_for_seq(jobs[0], seq + 5)
+        for job_id in jobs:
             result = world.outcome(job_id)
-            assert (result.status, result.text, result.attempts) == ("completed", WHOLE, 1), prompt
-            log = world.check(job_id)
-            assert [each.type for each in log if not isinstance(each, Chunk)] == ["started", "resumed", "completed"]
-            first, second = asked(upstream, prompt)
-            *prompts, last = second.json["messages"]
-            assert prompts == first.json["messages"]
-            assert (last["role"], last["content"]) == ("assistant", expected_text(7, 1))
-            assert second.json["max_tokens"] == 93
-            assert result.usage is not None
-            assert result.usage["estimated"] is True
-            assert result.usage["completion_tokens"] >= 7 + (5 if repeated is ON else 1)
-            assert world.client.status(job_id).broken == 0
-
-
-def test_an_answer_may_break_again_and_wait_in_between(continuing: tuple[World, ScriptedUpstream]) -> None:
-    """The continuation is retried like any request, and goes on from all of the text when it breaks, too."""
-    world, upstream = continuing
-    four, rest = expected_text(9, 1).removeprefix(expected_text(7, 1)), WHOLE.removeprefix(expected_text(9, 1))
-    upstream.on(cut(Reset()), error(503), Script(Part(four), Reset()), error(502), answer(Part(rest)), prompt="twice")
-    job_id = world.submit("twice", model="vllm", on_break="continue")
-    result = world.outcome(job_id)
-    assert (result.status, result.text, result.attempts) == ("completed", WHOLE, 1)
-    assert sum(isinstance(each, Resumed) for each in world.check(job_id)) == 2
-    requests = asked(upstream, "twice")
-    texts = [each.json["messages"][-1]["content"] for each in requests]
-    assert texts == ["twice", *[expected_text(7, 1)] * 2, *[expected_text(9, 1)] * 2]
-
-
-def test_a_text_is_whole_wherever_it_is_cut(
-    continuing: tuple[World, ScriptedUpstream], say: Callable[[str], None]
-) -> None:
-    """Reset at once after random pieces, shown or not yet: never a piece twice, never one missing."""
-    world, upstream = continuing
-    seed = random.randrange(2**32)
-    draw = random.Random(seed)
-    trials = 30
-
-    def go_on(request: Request) -> Script:
-        last = request.json["messages"][-1]
-        rest = WHOLE.removeprefix(last["content"]) if last["role"] == "assistant" else WHOLE
-        size = draw.randrange(0, max(1, len(rest) // 2)) if draw.random() < 0.7 else len(rest)
-        pieces = [Part(rest[i : i + 3]) for i in range(0, size, 3)]
-        return answer(*pieces) if size == len(rest) else Script(*pieces, Reset())
-
-    prompts = [f"cut anywhere {number}" for number in range(trials)]
-    for prompt in prompts:
-        upstream.on(go_on, prompt=prompt)
-    whole = 0
-    asks = [{"prompt": prompt, "model": "vllm", "on_break": "continue", "max_attempts": 100} for prompt in prompts]
-    for job in world.client.submit_many(asks):
-        result = world.outcome(job.id)
-        world.check(job.id)
-        if result.status == "completed":
-            assert result.text == WHOLE, f"seed {seed}"
-            whole += 1
-        else:  # every one of three requests broke before its first content
-            assert WHOLE.startswith(result.text), f"seed {seed}"
-    assert whole > trials / 2
-    say(f"{trials} answers cut at random places, {upstream.journal.total} requests, seed {seed}")
-
-
-def test_what_cannot_go_on_begins_anew(continuing: tuple[World, ScriptedUpstream]) -> None:
-    """A refusal, an upstream that cannot, a job that does not ask for it, several choices, tools, reasoning."""
-    world, upstream = continuing
-    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
-    thought = Script(Part(reasoning="Hm."), Text(7, 0.01, seed=1), Reset())
-    good_two = answer(Text(N, seed=1), Text(N, seed=2, index=1), choices=2)
-    cases: list[tuple[str, str, list[Script], dict[str, Any], int]] = [
-        ("refused", "vllm", [cut(Reset()), error(400, "No prefill."), GOOD], {}, 3),
-        ("refused twice", "vllm", [cut(Reset()), error(400, "No."), cut(Reset()), GOOD], {}, 4),
-        ("other", "other", [cut(Reset()), GOOD], {}, 2),
-        ("restart", "vllm", [cut(Reset()), GOOD], {"on_break": "restart"}, 2),
-        ("two", "vllm", [cut(Reset()), good_two], {"n": 2}, 2),
-        ("tools", "vllm", [cut(Reset()), GOOD], {"tools": tools}, 2),
-        ("thought", "vllm", [thought, GOOD], {}, 2),
-    ]
-    for prompt, model, scripts, more, count in cases:
-        upstream.on(*scripts, prompt=prompt)
-        job_id = world.submit(prompt, model=model, **{"on_break": "continue", **more})
-        result = world.outcome(job_id)
-        assert (result.status, result.text) == ("completed", WHOLE), prompt
-        log = world.check(job_id)
-        assert not any(isinstance(each, Resumed) for each in log)
-        assert [reason for _, _, reason in starts(log)] == [None] + ["stream_broken"] * (result.attempts - 1)
-        assert len(asked(upstream, prompt)) == count, prompt
-
-
-def test_a_finish_reason_in_the_continuation_is_the_answers(continuing: tuple[World, ScriptedUpstream]) -> None:
-    """An answer that was whole but for its end, and one that reaches its length."""
-    world, upstream = continuing
-    upstream.on(Script(Text(N, 0.01, seed=1), Reset()), Script(Finish()), prompt="only the end")
-    upstream.on(cut(Reset()), answer(Part(REST), finish="length"), prompt="too long")
-    for prompt, status in (("only the end", "completed"), ("too long", "incomplete")):
-        job_id = world.submit(prompt, model="vllm", on_break="continue")
-        result = world.outcome(job_id)
-        assert (result.status, result.text, result.attempts) == (status, WHOLE, 1)
-        world.check(job_id)
+            assert (result.status, result.text, result.attempts) == ("completed", expected_text(200, 1), 1)
+            world.check(job_id)
 
 
 # Floods --------------------------------------------------------------------------------------------------------------
@@ -360,3 +213,28 @@ def test_a_model_killed_in_mid_answer_costs_no_job(
     finally:
         model.stop()
     say(f"the real model killed under {len(jobs)} answers: all whole, {kinds.count('continue')} went on")
+
+
+def test_a_model_whose_slots_are_full_answers_late_and_all(
+    named: Callable[..., World], tmp_path: Path, say: Callable[[str], None]
+) -> None:
+    """Three times as many jobs as llama.cpp has slots: it is asked once for each, the last begin late, all end."""
+    model = Model(tmp_path / "model.log")
+    model.start()
+    try:
+        world = named(table("llama.cpp", model.url), MILLSTREAM_FIRST_TOKEN_TIMEOUT="60", MILLSTREAM_IDLE_TIMEOUT="30")
+        [worker] = world.workers
+        asked = [world.submit(LIST, model="smollm2-135m", temperature=0, max_tokens=64) for _ in range(3 * SLOTS)]
+        late = []
+        for job_id in asked:
+            result = world.outcome(job_id, 90)
+            assert (result.status in ("completed", "incomplete"), result.attempts) == (True, 1)
+            log = list(world.client.follow(job_id))
+            world.check(job_id)
+            first = next(each for each in log if isinstance(each, Chunk))
+            late.append(first.at - log[0].at)
+        assert not worker.said("upstream.retry")
+        assert max(late) > 3 * min(late)
+    finally:
+        model.stop()
+    say(f"{len(asked)} answers of {SLOTS} slots: first content after {min(late):.2f} to {max(late):.2f} s")

@@ -13,7 +13,7 @@ from local.errors import LocalError
 from local.parts import Model
 from millstream.events import Chunk
 from tests.contract.consumers import Consumer
-from tests.live.conftest import World
+from tests.world import World
 
 
 @pytest.fixture

@@ -18,9 +18,9 @@ from rq.suspension import resume, suspend
 
 from millstream.delivery import queue_key
 from millstream.events import Started
-from tests.live.conftest import SHORTEST, World
-from tests.live.worker_process import environment, wait_until
 from tests.upstream import Reset, Script, Stall, Text, WaitFor, answer, expected_text
+from tests.worker_process import environment, wait_until
+from tests.world import SHORTEST, World
 
 STOPS_WITHIN: Final = 0.5
 """Seconds from RQ's stop command to the closed connection upstream."""

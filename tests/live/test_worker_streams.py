@@ -11,9 +11,9 @@ import pytest
 
 from millstream.events import Chunk, Event, decode
 from tests.contract.consumers import Consumer, join_all
-from tests.live.conftest import World, timeless
-from tests.live.worker_process import wait_until
 from tests.upstream import Text, WaitFor, answer, expected_text, seed_of
+from tests.worker_process import wait_until
+from tests.world import World, timeless
 
 
 def test_every_consumer_sees_every_event(shared: World) -> None:
@@ -166,3 +166,10 @@ def test_the_running_usage_of_a_long_answer_is_kept(shared: World) -> None:
     assert 0 < running["completion_tokens"] <= 60
     shared.upstream.open_gate("usage")
     assert shared.outcome(job_id).usage == {"prompt_tokens": 7, "completion_tokens": 60, "total_tokens": 67}
+
+
+@pytest.mark.parametrize("lane", ["interactive", "batch"])
+def test_both_lanes_are_served(shared: World, lane: str) -> None:
+    """A job of either lane runs on a worker that was told nothing."""
+    prompt = f"lane {lane}"
+    shared.check_text(shared.submit(prompt, lane=lane), prompt)

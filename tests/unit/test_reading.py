@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from millstream import Chunk, Completed, JobExpired, JobNotFound, LogRewound, ResultTimeout, Started
@@ -134,6 +135,71 @@ def test_a_newer_attempt_below_the_cursor_means_that_the_log_was_written_anew() 
     assert reading.heard(rewritten()[2]) is None
     with pytest.raises(LogRewound):
         reading.read(Page(rewritten()[2:], 4))
+
+
+def test_the_mark_tells_an_attempt_from_another_of_its_number() -> None:
+    """The server lost attempt 1 with its claim; the next attempt 1 is longer than what was seen, and another story."""
+
+    def begun(mark: str | None, seq: int = 1) -> Started:
+        return Started(seq=seq, attempt=1, at=1.0, mark=mark)
+
+    def text(seq: int) -> Chunk:
+        return Chunk(seq=seq, attempt=1, at=1.0, delta={"content": "z"})
+
+    found: list[tuple[list[AnyEvent], bool]] = [
+        ([begun("a"), text(2)], True),
+        ([begun("b"), text(2)], False),
+        ([begun(None), text(2)], False),
+        ([text(1), begun("a", 2)], False),  # it began later
+        ([text(2)], True),  # it begins too late to tell; the gap does
+        ([], True),
+    ]
+    for there, same in found:
+        reading = Reading("j")
+        reading.read(Page([begun("a"), text(2)], 2))
+        assert reading.begun == 1
+        page = Page([text(2), text(3), text(4)], 4, begun=there)
+        if same:
+            assert [event.seq for event in reading.read(page)] == [3, 4]
+        else:
+            with pytest.raises(LogRewound, match="was written anew"):
+                reading.read(page)
+    live = Reading("j")
+    live.read(Page([begun("a"), text(2)], 2))
+    assert live.heard(begun("b")) is None, "the log must be read"
+    assert live.heard(begun("a")) == []
+
+
+@pytest.mark.parametrize(
+    "other", [Chunk(seq=3, attempt=1, at=3.0, delta={"content": "z"}), Completed(seq=3, attempt=1, at=3.0)]
+)
+def test_another_event_at_the_cursor_means_that_the_log_was_written_anew(other: AnyEvent) -> None:
+    """Also of the same attempt: its claim was lost with it, or the job ended where the lost event had been."""
+    reading = Reading("j")
+    reading.read(found(3))
+    assert reading.heard(other) is None
+    with pytest.raises(LogRewound):
+        reading.read(Page([other], 3, closed=other.terminal))
+
+
+@pytest.mark.parametrize("after", [0, 3])
+def test_an_end_below_the_cursor_means_that_the_log_was_written_anew(after: int) -> None:
+    """A reader that has not ended has seen no end: the log is read, and ends before its cursor."""
+    reading = Reading("j", after)
+    if not after:
+        reading.read(found(3))
+    assert reading.heard(Completed(seq=2, attempt=1, at=9.0)) is None
+    with pytest.raises(LogRewound):
+        reading.read(Page([], 2, closed=True))
+
+
+def test_the_same_event_at_another_time_is_the_same() -> None:
+    """Repacking rounds times, and a worker sends again what the server lost."""
+    reading = Reading("j")
+    reading.read(found(3))
+    again = msgspec.structs.replace(LOG[2], at=9.0)
+    assert reading.heard(again) == []
+    assert reading.read(Page([again, LOG[3]], 4, closed=True)) == [LOG[3]]
 
 
 def test_an_event_of_an_unknown_type_counts_and_is_not_shown() -> None:
@@ -271,3 +337,19 @@ def test_a_caller_whose_time_is_over_hears_how_long_it_was() -> None:
     clock.advance(2.0)
     with pytest.raises(ResultTimeout, match="'j' has not ended within 2 s"):
         made.patience(LISTEN, until)
+
+
+def test_news_after_silence_mean_that_the_subscription_is_deaf() -> None:
+    """A half-open connection says nothing for ever: it is given up when the log knows more; a quiet job is no sign."""
+    clock = ManualClock()
+    made = Following(["j"], clock=clock)
+    looks = []
+    for upto, silence in ((1, 0.0), (1, SILENCE), (2, SILENCE)):  # the first look is always news
+        clock.advance(silence)
+        made.read(made.due()[0], Page(LOG[:upto], upto))
+        looks.append(made.deaf)
+    assert looks == [False, False, True]
+    made.reconnected()
+    looks.append(made.deaf)
+    made.read(made.due()[0], Page(LOG[:3], 3))  # and so is what came during a reconnect
+    assert [*looks, made.deaf] == [False, False, True, False, False]

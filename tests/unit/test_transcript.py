@@ -44,6 +44,29 @@ def begun() -> Story:
     return Story().add(Started, worker="w", model="m", upstream="u")
 
 
+def test_calls_of_servers_that_number_them_badly_stay_apart() -> None:
+    """An id of its own makes a call, whatever its index; a name that is sent again is no second half."""
+    calls = [{"index": 0, "id": name, "function": {"name": name, "arguments": "{}"}} for name in ("f", "g")]
+    found = begun().delta(tool_calls=calls[:1]).delta(tool_calls=calls[1:]).message()["tool_calls"]
+    assert found == [{key: value for key, value in call.items() if key != "index"} for call in calls]
+    again = {"index": 0, "id": "f", "function": {"name": "f", "arguments": "!"}}
+    [found] = begun().delta(tool_calls=calls[:1]).delta(tool_calls=[again]).message()["tool_calls"]
+    assert found["function"] == {"name": "f", "arguments": "{}!"}
+    [found] = begun().delta(tool_calls=[{"function": {"name": "f", "arguments": {"x": [1]}}}]).message()["tool_calls"]
+    assert found["function"]["arguments"] == '{"x":[1]}'
+
+
+def test_old_function_calls_and_what_else_a_delta_has_are_joined() -> None:
+    """Text is joined, lists are lengthened, what is said once stays."""
+    story = begun().delta(function_call={"name": "f", "arguments": "{"}).delta(function_call={"arguments": "}"})
+    story.delta(annotations=[1]).delta(annotations=[2]).delta(reasoning_details=[{"type": "t"}])
+    story.delta(audio={"id": "a", "data": "A"}).delta(audio={"data": "B", "expires_at": 3})
+    message = story.message()
+    assert message["function_call"] == {"name": "f", "arguments": "{}"}
+    assert (message["annotations"], message["reasoning_details"]) == ([1, 2], [{"type": "t"}])
+    assert message["audio"] == {"id": "a", "data": "AB", "expires_at": 3}
+
+
 def test_text_is_the_pieces_in_order() -> None:
     """Retries and seams change nothing."""
     story = begun().content("Hel").add(Retrying, delay=2).content("lo").add(Resumed).content("!")

@@ -204,12 +204,13 @@ def test_every_part_of_a_chunk_is_carried_with_its_index() -> None:
 NOTHING: list[Any] = [
     {}, {"choices": []}, {"choices": None}, delta(), delta(content=None), delta(content=""), delta(role="assistant"),
     {"choices": [{"index": 0, "delta": None, "finish_reason": None}]}, {"choices": [{"index": 0}]}, {"choices": [{}]},
-    {"choices": [], "usage": None}, {"error": None}, {"error": {}}, {"error": ""}, delta(finish=""),
-    {"choices": [], "prompt_filter_results": [{}]}, delta(reasoning_details=[{}], annotations=[], audio={}),
+    {"choices": [], "usage": None}, {"choices": [], "usage": 3}, b'{"usage":' + b"9" * 10_000 + b"}",
+    {"error": None}, {"error": {}}, {"error": ""}, delta(finish=""),
+    {"choices": [], "prompt_filter_results": [{}]}, delta(reasoning_details=[], annotations=[], audio={}),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("chunk", NOTHING, ids=str)
+@pytest.mark.parametrize("chunk", NOTHING, ids=lambda chunk: str(chunk)[:60])
 def test_a_chunk_with_nothing_in_it_is_nothing(chunk: Any) -> None:
     """Role chunks, Azure's first and last ones, empty finish reasons: no part, no error."""
     assert read(chunk) == []
@@ -222,7 +223,7 @@ MALFORMED: list[Any] = [
     delta(tool_calls=["x"]), {"choices": [{"index": "0", "delta": {}}]}, {"choices": [{"index": -1, "delta": {}}]},
     {"choices": [{"index": 128, "delta": {}}]}, {"choices": [{"index": 10**30, "delta": {}}]},
     {"choices": [{"index": 0, "delta": {}, "finish_reason": 3}]}, {"choices": [{"index": 0, "delta": []}]},
-    {"choices": [], "usage": 3}, b'{"choices":[],"usage":' + b"9" * 10_000 + b"}",
+    {"choices": [{"message": {"content": 5}}]}, {"choices": [{"message": "text"}]},
 ]  # fmt: skip
 
 
@@ -372,6 +373,30 @@ def test_completed_needs_an_allowed_finish_reason_of_every_choice() -> None:
     for reason in ("abort", "error", "STOP", "eos", "cancelled"):
         assert verdict({0: reason}) == "upstream_aborted"
         assert verdict({0: "stop", 1: reason}, choices=2) == "upstream_aborted"
+
+
+def test_content_after_the_finish_reason_needs_an_end_of_its_own() -> None:
+    """Who goes on after its end has not ended: only `[DONE]` or a further finish reason says so."""
+    answer = Answer()
+    for part in (Piece(0, "a"), Finish(0, "stop"), Piece(0, "b")):
+        answer.take(part)
+    assert answer.finished is False
+    with pytest.raises(UpstreamFailure, match="stream_truncated"):
+        answer.verdict(done=False)
+    assert answer.verdict(done=True).status == "completed"
+    answer.take(Finish(0, "length"))
+    assert answer.verdict(done=False).status == "incomplete"
+
+
+def test_a_message_is_an_answer_unless_it_repeats_one() -> None:
+    """Servers that do not stream send one; others sum up with it what they have streamed."""
+    message = {"index": 1, "message": {"content": "a", "reasoning": "r"}, "finish_reason": "stop"}
+    whole = {"choices": [message, {**message, "index": 2}]}
+    assert [part.index for part in read(whole) if isinstance(part, Piece)] == [1, 1, 2, 2]
+    assert read(delta(content="a"), {"choices": [message]}) == [Piece(0, "a"), Finish(1, "stop")]
+    begun = {"choices": [{"message": {"content": "a"}}]}
+    assert read(delta(role="assistant", content=""), begun) == [Piece(0, "a")]
+    assert read(b'{"choices":[{"message":{"content":"a\\ud83c"}}]}') == [Piece(0, "a\ufffd")]
 
 
 def test_length_and_content_filter_are_incomplete() -> None:

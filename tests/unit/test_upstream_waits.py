@@ -47,7 +47,8 @@ SAID = [
 UNKNOWN = [
     {}, {"retry-after": "0"}, {"retry-after": "-1"}, {"retry-after": "nan"}, {"retry-after": "inf"},
     {"retry-after": "soon"}, {"retry-after": "86401"}, {"retry-after-ms": "0"}, {"retry-after": "1e400"},
-    {"retry-after-ms": "-5"},
+    {"retry-after-ms": "-5"}, {"retry-after": "1_0"},
+    {"retry-after": "0x10"}, {"retry-after": "9" * 5000 + "s"},
     {"retry-after": email.utils.formatdate(NOW - 30, usegmt=True)}, {"retry-after": "9" * 5000},
     {"retry-after": "Mon, 99 Foo 99999 99:99:99 GMT"},
     {"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "-1"},

@@ -37,7 +37,10 @@ CARRIED: dict[str, tuple[bytes, list[Part]]] = {
     "finish": (chunk(choice(finish="stop")), [Finish(0, "stop")]),
     "content and finish": (chunk(choice(finish="stop", content="!")), [Piece(0, "!"), Finish(0, "stop")]),
     "an empty finish": (chunk(choice(finish="", content="a")), [Piece(0, "a")]),
-    "usage": (chunk(usage={"total_tokens": 3}), [Usage({"total_tokens": 3})]),
+    "usage": (
+        chunk(usage={"prompt_tokens": 1, "completion_tokens": 2}),
+        [Usage({"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3})],
+    ),
     "usage null": (chunk(choice(content="a"), usage=None), [Piece(0, "a")]),
     "no choices": (chunk(), []),
     "choices null": (b'{"choices":null}', []),

@@ -118,6 +118,19 @@ def test_nothing_is_lost_while_redis_is_away() -> None:
     assert [(line["event"], line["waiting"]) for line in said] == [("rq.books_wait", 1), ("rq.books_wait", 2)]
 
 
+def test_a_worker_that_ends_without_redis_tries_once() -> None:
+    """What is left cannot be written: then the signing off, which would wait as long again, is not tried either."""
+    books = Books(AWAY)
+
+    async def test(clerk: Clerk) -> None:
+        clerk.ended(entry("a"), "completed")
+
+    with structlog.testing.capture_logs() as said:
+        at_work(books, test)
+    assert [line["event"] for line in said] == ["rq.books_wait"]
+    assert not books.signed_off
+
+
 def test_a_change_in_between_is_looked_at_again() -> None:
     """A dependent that came between the look and the transaction: at once once more, without a word."""
     books = Books(CHANGED, CHANGED)

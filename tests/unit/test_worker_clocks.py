@@ -113,3 +113,29 @@ def test_a_clock_strikes_once_and_soon() -> None:
         assert [5.0 < struck[0] <= 5.0 + 2 * TICK, 7.0 < struck[1] <= 7.0 + 2 * TICK, len(struck)] == [True, True, 2]
 
     leaping(main())
+
+
+def test_time_that_nobody_looked_is_nobodys_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that stood still takes the time off its clocks, but for those that stood still themselves."""
+
+    def test() -> None:
+        hand = Hand(monkeypatch)
+        hand.clock.content()
+        hand.now += 101.0
+        hand.clock.excuse(100.0)
+        assert hand.look() is None
+        assert hand.clock.spent == 1.0
+        hand.now += 1.01
+        assert hand.look() == "idle_timeout"
+        hand.clock.content()
+        hand.clock.excuse(100.0)  # content that came first is not moved into the future
+        hand.now += 2.01
+        assert hand.look() == "idle_timeout"
+        paused = Hand(monkeypatch)
+        paused.clock.pause()
+        paused.now += 50.0
+        paused.clock.excuse(50.0)
+        paused.clock.resume()
+        assert paused.clock.spent == 0.0
+
+    on_leaping_time(test)

@@ -50,6 +50,7 @@ def test_some_codes_never_pass_whatever_the_status(code: str) -> None:
         ({"error": {"message": "m", "code": 429}}, "http_400", "m"),
         ({"error": "text"}, "http_400", "text"),
         ({"message": "m", "code": "c"}, "c", "m"),
+        ([{"error": {"message": "m", "code": 400, "status": "INVALID_ARGUMENT"}}], "INVALID_ARGUMENT", "m"),
         ({"detail": "d"}, "http_400", "d"),
         ({"error": None}, "http_400", "the upstream answered 400"),
         ("<html>\n a  page </html>", "http_400", "a page"),
@@ -65,6 +66,23 @@ def test_code_and_message_are_found_in_every_known_shape(body: Any, code: str, m
     failure = from_status(400, body)
     assert (failure.code, failure.message) == (code, message)
     assert failure.error == {"code": code, "message": message, "status": 400}
+
+
+SECRET: Final = "sk-1234567890abcdef"
+
+
+@pytest.mark.parametrize(("said", "shown"), [
+    (f"{SECRET}: no", "***: no"), (f"a {SECRET} b {SECRET}", "a *** b ***"), ("nothing", "nothing"),
+    ("x" * (MESSAGE_LIMIT - 12) + SECRET, "x" * (MESSAGE_LIMIT - 12)),
+])  # fmt: skip
+def test_a_key_is_never_shown(said: str, shown: str) -> None:
+    """In message and code, and where the limit of a message cut it."""
+    failure = UpstreamFailure(SECRET, said)
+    failure.without(SECRET)
+    assert (failure.code, failure.message, str(failure)) == ("***", shown, f"***: {shown}")
+    short = UpstreamFailure("none", "there is none")
+    short.without("none")
+    assert short.message == "there is none"
 
 
 def test_a_redirect_says_what_to_do() -> None:

@@ -19,6 +19,7 @@ from tests.unit.writer_desk import KEYS, Desk, Line, flown, turns
 from worker.choice import GuardedUpstream, Upstreams
 from worker.clocks import Ticker
 from worker.relay import AWAY, Relay, Services
+from worker.turns import Turns
 from worker.upstream import UpstreamSettings
 
 JOB: Final = "j" * 32
@@ -53,7 +54,9 @@ async def relay(line: Line, redis: Released, *, cooling: float) -> AsyncIterator
     upstream.guard.cool("m", cooling)
     async with Desk(line) as desk:
         line.logs[JOB] = []
-        services = Services(redis.run, KEYS, Settings(), desk.writer, Ticker(), Upstreams([upstream]), "worker")
+        services = Services(
+            redis.run, KEYS, Settings(), desk.writer, Ticker(), Turns(), Upstreams([upstream]), "worker"
+        )
         yield Relay(services, JOB, SPEC, "t", Claim("claimed", attempt=1, max_attempts=3))
     await upstream.close()
 

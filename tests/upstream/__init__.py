@@ -19,6 +19,7 @@ A script is a list of steps, played in order, that ends its body properly when i
     Script(Pause(2), Text(1)), Script(Headers(), Pause(2))    headers late; headers at once and the first event late
     Script(BOM, Split(1), *answer(Text(9)).steps, line_end="\r\n")    byte by byte, with BOM and CRLF
     Script(Chunk(raw={"choices": None})), Script(Raw(b"data: {"))     broken chunks; any bytes
+    Script(Wire(b"HTTP/1.1 200 OK\r\ncontent-length: lots\r\n\r\n"))      any bytes in place of HTTP
     Script(Filler(150_000_000), gzip=True)                 a bomb; Filler(None) never ends
     answer(Text(9, choices=3), choices=3)                  n=3, taking turns
     html(), redirect(url), azure(Text(9)), rate_limited({"retry-after": "2"}), error_event(), tool_call("f", ["{", "}"])
@@ -74,6 +75,7 @@ from .script import (
     Text,
     Usage,
     WaitFor,
+    Wire,
 )
 from .server import ScriptedUpstream
 from .text import expected_text, seed_of
@@ -105,6 +107,7 @@ __all__ = [
     "Text",
     "Usage",
     "WaitFor",
+    "Wire",
     "answer",
     "azure",
     "black_hole",

@@ -12,7 +12,7 @@ from .request import Request
 from .script import Script, Status
 
 Source = Script | Callable[[Request], Script]
-PATH = "/v1/chat/completions"
+PATH = "/chat/completions"  # under any base: every cloud has its own
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def refusal(request: Request, *, require_key: bool = False) -> Script | None:
     if path == "/v1/models":
         listed = [{"id": name, "object": "model", "created": 1732264000, "owned_by": "tests"} for name in MODELS]
         return Script(Status(body={"object": "list", "data": listed}))
-    if path != PATH:
+    if not path.endswith(PATH):
         return error(404, f"Invalid URL ({request.method} {path})")
     if request.method != "POST":
         return error(405, f"Not allowed to {request.method} on {path}", headers={"allow": "POST"})

@@ -26,6 +26,7 @@ from .script import (
     Text,
     Usage,
     WaitFor,
+    Wire,
 )
 
 # A paced text that is late sends at most so many overdue chunks in one write, so that it cannot hog the loop.
@@ -89,6 +90,7 @@ class Player:
         self._renderer = Renderer(script, self._identity)
         self._body = Body(script)
         self._split: Split | None = None
+        self._wired = any(isinstance(step, Wire) for step in script.steps)
         self._keep_alive = script.framing != "close" and not exchange.request.says_close
 
     async def play(self) -> None:
@@ -114,6 +116,8 @@ class Player:
                     self._journal.end(self._exchange, "reset_by_script")
                     self._line.reset()
                     return
+                case Wire():
+                    await self._write(step.data)
                 case CutChunked():
                     await self._ensure_head()
                     await self._write(b"%x\r\n%b" % (len(step.data) + 100, step.data))
@@ -125,6 +129,9 @@ class Player:
                 case _:
                     await self._ensure_head()
                     await self._play_body(step)
+        if self._wired:
+            self._closed()
+            return
         await self._ensure_head()
         await self._write(self._body.end())
         self._finished()

@@ -175,8 +175,18 @@ class CutChunked:
     data: bytes = b'data: {"id":"chatcmpl-cut'
 
 
+@dataclass(frozen=True)
+class Wire:
+    """These bytes on the connection as they are: the head and the framing are the script's own, lies included.
+
+    A script with such a step has no other bytes in it than those of such steps, and ends with a FIN.
+    """
+
+    data: bytes
+
+
 BodyStep = Chunk | Text | Finish | Usage | Event | Comment | Ping | Done | Raw | Filler
-Step = BodyStep | Status | Headers | Pause | WaitFor | Stall | Split | Reset | Close | CutChunked
+Step = BodyStep | Status | Headers | Pause | WaitFor | Stall | Split | Reset | Close | CutChunked | Wire
 
 BOM = Raw(b"\xef\xbb\xbf")
 

@@ -43,20 +43,29 @@ class Answer:
     reasons: dict[int, str] = field(default_factory=dict)
     pieces: int = 0
     measured: dict[str, Any] | None = None
+    went_on: set[int] = field(default_factory=set)
+    """Choices that said more after their finish reason, which was then not the end."""
 
     def take(self, part: Part) -> None:
         """Note what a part says."""
         if isinstance(part, Piece):
             self.pieces += 1
+            self.note_more(part.index)
         elif isinstance(part, Finish):
             self.reasons[part.index] = part.reason
+            self.went_on.discard(part.index)
         elif isinstance(part, Usage):
             self.measured = part.usage
 
+    def note_more(self, index: int) -> None:
+        """A choice says something."""
+        if index in self.reasons:
+            self.went_on.add(index)
+
     @property
     def finished(self) -> bool:
-        """Whether every choice has its finish reason; only the usage may still come."""
-        return all(index in self.reasons for index in range(self.choices))
+        """Whether every choice has ended with its finish reason; only the usage may still come."""
+        return not self.went_on and all(index in self.reasons for index in range(self.choices))
 
     @property
     def usage(self) -> dict[str, Any]:
@@ -78,7 +87,8 @@ class Answer:
                 raise UpstreamFailure(
                     "upstream_aborted", f"choice {index} ended with {reason!r}, which does not mean a whole answer"
                 )
-        missing = [index for index in range(self.choices) if index not in self.reasons]
+        open_ones = set() if done else self.went_on
+        missing = [index for index in range(self.choices) if index not in self.reasons or index in open_ones]
         if missing:
             how = "said [DONE]" if done else "closed the stream"
             raise UpstreamFailure(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 import msgspec
 from msgspec import UNSET, Struct
@@ -14,8 +14,10 @@ from .failures import UpstreamFailure, from_error
 DONE: Final = b"[DONE]"
 MAX_CHOICE: Final = 127
 MAX_USAGE: Final = 16 * 1024
-"""Bytes of a chunk whose usage is believed: it goes into the state and the last event as it is."""
+"""Bytes of a usage that is believed: it goes into the state and the last event as it is."""
 
+_MAX_COUNT: Final = 2**53
+_AS_SENT: Final = ("tool_calls", "function_call", "reasoning_details", "annotations", "audio")
 _TEXTS: Final = ("content", "refusal", "reasoning", "reasoning_content")
 _Place = tuple[int, str]
 
@@ -27,17 +29,21 @@ class _Delta(Struct):
     reasoning_content: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     function_call: dict[str, Any] | None = None
+    reasoning_details: list[Any] | None = None
+    annotations: list[Any] | None = None
+    audio: dict[str, Any] | None = None
 
 
 class _Choice(Struct):
     index: int = 0
     delta: _Delta | None = None
+    message: Any = None
     finish_reason: str | None = None
 
 
 class _Chunk(Struct):
     choices: list[_Choice] | None = None
-    usage: dict[str, Any] | None = None
+    usage: Any = None
     error: Any = UNSET
 
 
@@ -71,10 +77,12 @@ Part = Piece | Finish | Usage
 class Chunks:
     """Reads one stream's chunks. It remembers half characters: some upstreams cut an emoji's escapes in two chunks."""
 
-    __slots__ = ("_halves",)
+    __slots__ = ("_halves", "_told")
 
     def __init__(self) -> None:
         self._halves: dict[_Place, str] = {}
+        self._told = False
+        """Whether anything was said: then a `message` repeats what came in pieces."""
 
     def parts(self, data: bytes) -> Iterator[Part]:
         """What one event's data holds. Raises UpstreamFailure for an error or something that is no chunk."""
@@ -87,27 +95,40 @@ class Chunks:
                 self._mend(chunk)
         if chunk.error is not UNSET and chunk.error:
             raise from_error(chunk.error)
+        streamed = self._told
         for choice in chunk.choices or ():
             index = choice.index
             if not 0 <= index <= MAX_CHOICE:
                 raise _malformed(f"a choice has the index {index}")
             delta = choice.delta
+            if delta is None and choice.message is not None and not streamed:
+                delta = _message(choice.message)
             if delta is not None:
                 if delta.content:
+                    self._told = True
                     yield Piece(index, delta.content)
-                yield from _others(index, delta)
+                for piece in _others(index, delta):
+                    self._told = True
+                    yield piece
             if choice.finish_reason:  # some send "" on every chunk: that is none
                 yield from self._halves_of(index)
                 yield Finish(index, choice.finish_reason[:64])
-        if chunk.usage and len(data) <= MAX_USAGE:
-            yield Usage(chunk.usage)
+        if chunk.usage and (usage := _believed(chunk.usage, len(data))):
+            yield Usage(usage)
 
     def named(self, name: str, data: bytes) -> Iterator[Part]:
         """A named event: `error` is one, others (`ping`, ...) mostly carry nothing. Raises UpstreamFailure."""
-        if name == "error":
+        if name.lower() == "error":
             raise from_error(_json_or_text(data))
         if b'"choices"' in data or b'"error"' in data:
             yield from self.parts(data)
+
+    def whole(self, body: bytes) -> Iterator[Part]:
+        """A JSON body instead of a stream. Raises UpstreamFailure for an error, which may stand in a list."""
+        found = _json_or_text(body)
+        if isinstance(found, list) and found and isinstance(found[0], dict) and found[0].get("error"):
+            raise from_error(found[0]["error"])
+        return self.parts(body)
 
     def _decode_tolerantly(self, data: bytes) -> _Chunk:
         """Bad bytes and lone surrogates become U+FFFD; anything else that is no chunk is the upstream's failure."""
@@ -129,18 +150,19 @@ class Chunks:
         for choice in chunk.choices or ():
             delta = choice.delta
             choice.finish_reason = _whole(choice.finish_reason or "")
+            choice.message = _whole_all(choice.message)
             if delta is None:
                 continue
             for name in _TEXTS:
                 if text := getattr(delta, name):
                     setattr(delta, name, self._mended((choice.index, name), text))
-            delta.function_call = _whole_all(delta.function_call)
             for position, call in enumerate(delta.tool_calls or ()):
                 function, number = call.get("function"), call.get("index", position)
                 if isinstance(function, dict) and isinstance(text := function.get("arguments"), str):
                     place = (choice.index, f"arguments {str(number)[:20]}")
                     call["function"] = {**function, "arguments": self._mended(place, text)}
-            delta.tool_calls = _whole_all(delta.tool_calls)
+            for name in _AS_SENT:
+                setattr(delta, name, _whole_all(getattr(delta, name)))
         chunk.usage = _whole_all(chunk.usage)
 
     def _mended(self, place: _Place, text: str) -> str:
@@ -158,15 +180,41 @@ class Chunks:
                 yield Piece(index, "\ufffd")
 
 
+def _message(message: Any) -> _Delta:
+    """The answer in one piece, from a server that does not stream."""
+    try:
+        return msgspec.convert(message, _Delta)
+    except msgspec.ValidationError as error:
+        raise _malformed(f"a message is none ({_shown(error)})") from None
+
+
 def _others(index: int, delta: _Delta) -> Iterator[Piece]:
     if reasoning := delta.reasoning or delta.reasoning_content:
         yield Piece(index, delta={"reasoning": reasoning})
     if delta.refusal:
         yield Piece(index, delta={"refusal": delta.refusal})
-    if delta.tool_calls:
-        yield Piece(index, delta={"tool_calls": delta.tool_calls})
-    if delta.function_call:
-        yield Piece(index, delta={"function_call": delta.function_call})
+    if delta.tool_calls or delta.function_call or delta.reasoning_details or delta.annotations or delta.audio:
+        for name in _AS_SENT:
+            if value := getattr(delta, name):
+                yield Piece(index, delta={name: value})
+
+
+def _believed(usage: Any, size: int) -> dict[str, Any] | None:
+    """The usage, if its counts are some: whoever adds them up must not meet a text or less than nothing.
+
+    `size`: bytes of all that it came with.
+    """
+    if not isinstance(usage, dict) or (size > MAX_USAGE and len(msgspec.json.encode(usage)) > MAX_USAGE):
+        return None
+    asked, said = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    if not (_is_count(asked) and _is_count(said)):
+        return None
+    total = usage.get("total_tokens")
+    return {**usage, "total_tokens": total if _is_count(total) else asked + said}
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value < _MAX_COUNT
 
 
 def _whole(text: str) -> str:

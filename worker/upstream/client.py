@@ -5,7 +5,6 @@ openai.
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Final
@@ -18,10 +17,14 @@ from openai import AsyncOpenAI, AsyncStream
 from millstream.job import Spec
 
 from .config import UpstreamSettings
-from .failures import UpstreamFailure, from_error, from_status
-from .stream import Stream
+from .failures import UpstreamFailure, from_status, plain
+from .sse import MAX_EVENT, begins_like_events
+from .stream import BROKE, Stream
 from .transport import RawBodyTransport, body_of
 from .waits import retry_after
+from .whole import Whole
+
+_NOTHING_YET: Final = b"\xef\xbb\xbf\r\n\t "
 
 DRAIN: Final = 1.0
 """Seconds to wait for the end of a finished body, so that its connection can be used again."""
@@ -62,7 +65,7 @@ class Upstream:
         await self._client.close()
 
     @asynccontextmanager
-    async def ask(self, body: Mapping[str, Any]) -> AsyncIterator[Stream]:
+    async def ask(self, body: Mapping[str, Any]) -> AsyncIterator[Stream | Whole]:
         """Send a request (see `request`) and give the stream of its answer. Leaving early closes the connection.
 
         Raises UpstreamFailure.
@@ -72,19 +75,16 @@ class Upstream:
                 "/chat/completions", body=body, cast_to=object, stream=True, stream_cls=AsyncStream[object]
             )
         except openai.APIStatusError as error:
-            raise self._redacted(_from_response(error.response, error.body)) from None
+            raise _from_response(error.response, error.body) from None
         except openai.APIConnectionError as error:
-            cause = error.__cause__ or error
-            raise self._redacted(UpstreamFailure("upstream_unreachable", str(cause)[:300])) from None
+            raise _without_response(error.__cause__ or error) from None
         response = body_of(answer.response)
-        stream = Stream(response)
+        stream: Stream | Whole | None = None
         try:
-            await _check_kind(response)
+            stream = await _opened(response)
             yield stream
-        except UpstreamFailure as failure:
-            raise self._redacted(failure) from None
         finally:
-            if stream.done:
+            if stream is not None and stream.done:
                 self._drain(response)
             else:
                 response.close()
@@ -94,33 +94,47 @@ class Upstream:
         self._draining.add(task)
         task.add_done_callback(self._draining.discard)
 
-    def _redacted(self, failure: UpstreamFailure) -> UpstreamFailure:
-        """The failure without the key, should the upstream have echoed it."""
-        if len(self._key) >= 8 and self._key in failure.message:
-            failure.message = failure.message.replace(self._key, "***")
-            failure.args = (f"{failure.code}: {failure.message}",)
-        return failure
+    def redact(self, failure: UpstreamFailure) -> None:
+        """Take the key out of a failure, should the upstream have echoed it."""
+        failure.without(self._key)
 
 
-async def _check_kind(body: aiohttp.ClientResponse) -> None:
-    """A 200 may still be an error page. Raises UpstreamFailure unless it is an event stream, uncompressed."""
+def _without_response(cause: BaseException) -> UpstreamFailure:
+    if isinstance(cause, httpx2.RemoteProtocolError):
+        return UpstreamFailure("malformed_response", f"what came is no HTTP response: {cause}")
+    return UpstreamFailure("upstream_unreachable", " ".join(str(cause).split())[:300])
+
+
+async def _opened(body: aiohttp.ClientResponse) -> Stream | Whole:
+    """What a 2xx brings, which its content type need not say. Raises UpstreamFailure for what is no answer."""
     encoding = body.headers.get("content-encoding", "identity").lower()
     if encoding not in ("", "identity"):
         raise UpstreamFailure("malformed_stream", f"the upstream sent {encoding[:20]!r} although none was asked for")
     kind = body.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "text/event-stream":
-        return
+        return Stream(body)
+    start = b""
+    while not start.strip(_NOTHING_YET) and len(start) < MAX_EVENT and (packet := await _read(body)):
+        start += packet
+    if begins_like_events(start):
+        return Stream(body, start)
+    if start.lstrip()[:1] in (b"{", b"["):
+        while packet := await _read(body):
+            start += packet
+            if len(start) > MAX_EVENT:
+                raise UpstreamFailure("event_too_large", "a JSON answer exceeds 4 MB", retryable=False)
+        return Whole(start)
+    words = plain(start[:1024].decode("utf-8", "replace"))
+    found = f"found {kind[:60] or 'no content type'!r}, expected an event stream"
+    raise UpstreamFailure("malformed_stream", f"{found}; it says: {words}" if words else found)
+
+
+async def _read(body: aiohttp.ClientResponse) -> bytes:
+    """The next packet, empty at the end; the job's clocks bound the time. Raises UpstreamFailure."""
     try:
-        start = await asyncio.wait_for(body.content.read(64 * 1024), timeout=5)
-    except (aiohttp.ClientError, OSError, TimeoutError):
-        start = b""
-    try:
-        found = json.loads(start)
-    except ValueError:
-        found = None
-    if isinstance(found, dict) and found.get("error"):
-        raise from_error(found["error"])
-    raise UpstreamFailure("malformed_stream", f"found {kind[:60] or 'no content type'!r}, expected an event stream")
+        return await body.content.readany()
+    except (aiohttp.ClientError, OSError):
+        raise UpstreamFailure("stream_broken", BROKE) from None
 
 
 async def _read_to_end(body: aiohttp.ClientResponse) -> None:

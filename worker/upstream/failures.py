@@ -25,6 +25,9 @@ FINAL_CODES: Final = frozenset(
 """Codes that never pass by waiting, whatever the status: a 429 for an empty account is still a 429."""
 
 MESSAGE_LIMIT: Final = 1000
+SHORTEST_SECRET: Final = 8
+"""Characters from which on a key is taken out of messages: `none` or `test` would tear holes into words."""
+
 _CODE: Final = re.compile(r"[^A-Za-z0-9_.:/-]+")
 _TAG: Final = re.compile(r"<(script|style)\b.*?</\1\s*>|<[^>]*>", re.DOTALL | re.IGNORECASE)
 
@@ -45,6 +48,17 @@ class UpstreamFailure(Exception):  # noqa: N818 - the failure is the upstream's,
         self.retryable = retryable
         self.retry_after = retry_after
         self.status = status
+
+    def without(self, secret: str) -> None:
+        """Take a secret out of what is shown, should the upstream have said it."""
+        if len(secret) < SHORTEST_SECRET:
+            return
+        self.code = self.code.replace(secret, "***")
+        message = self.message.replace(secret, "***")
+        for length in range(len(secret) - 1, SHORTEST_SECRET - 1, -1):  # perhaps cut off at the limit
+            message = message.removesuffix(secret[:length])
+        self.message = message
+        self.args = (f"{self.code}: {self.message}",)
 
     @property
     def of_the_upstream(self) -> bool:
@@ -82,14 +96,16 @@ def from_error(error: Any) -> UpstreamFailure:
 
 def describe(body: Any) -> tuple[str, str]:
     """The code and message in an error body of any known shape; empty strings where there is none."""
+    if isinstance(body, list) and body:  # Gemini wraps its error in a list
+        body = body[0]
     error = body.get("error", body) if isinstance(body, dict) else body
     if isinstance(error, str):
-        return "", _plain(error)
+        return "", plain(error)
     if not isinstance(error, dict):
         return "", ""
     said = error.get("message") or error.get("detail") or ""
-    message = _plain(said if isinstance(said, str) else _dumped(said))
-    for name in ("code", "type"):
+    message = plain(said if isinstance(said, str) else _dumped(said))
+    for name in ("code", "type", "status"):
         value = error.get(name)
         if isinstance(value, str) and value and not value.isdigit():
             return _CODE.sub("_", value)[:64], message
@@ -103,7 +119,7 @@ def _dumped(value: Any) -> str:
         return ""
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Words on one line: no markup of an error page, nothing that would move a terminal's cursor."""
     text = text[: 64 * 1024]
     if text.lstrip()[:1] == "<":

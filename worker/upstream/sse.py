@@ -18,6 +18,15 @@ _BOM: Final = b"\xef\xbb\xbf"
 _LINE_END: Final = re.compile(rb"\r\n|\n|\r")
 
 
+_FIELDS: Final = (b"data:", b"event:", b"id:", b"retry:", b":")
+
+
+def begins_like_events(start: bytes) -> bool:
+    """Whether the beginning of a body, however short, may be that of an event stream."""
+    start = start.removeprefix(_BOM).lstrip()
+    return bool(start) and any(start.startswith(name[: len(start)]) for name in _FIELDS)
+
+
 class EventTooLargeError(Exception):
     """A line or event exceeds MAX_EVENT."""
 

@@ -19,14 +19,18 @@ from .sse import EventTooLargeError, Named, SseDecoder
 MAX_ANSWER: Final = 512 * 1024 * 1024
 """Bytes of one response, JSON and all; an endless stream ends here."""
 
+BROKE: Final = "the connection broke before the end of the answer"
+
 Take = Callable[[Sequence[Part]], bool]
 
 
 class Stream:
     """One response's body, decoded."""
 
-    def __init__(self, body: aiohttp.ClientResponse, max_answer: int = MAX_ANSWER) -> None:
+    def __init__(self, body: aiohttp.ClientResponse, start: bytes = b"", max_answer: int = MAX_ANSWER) -> None:
+        """`start`: what was read of the body already."""
         self._body = body
+        self._start = start
         self._max_answer = max_answer
         self._decoder = SseDecoder()
         self._chunks = Chunks()
@@ -44,6 +48,8 @@ class Stream:
 
         `take` answers whether it has room for more; if not, the reading pauses until `room()` returns.
         """
+        if self._start:
+            self._full = not take(self._decode(self._start))
         connection = self._body.connection
         if connection is None or connection.transport is None:  # the whole body came with its headers
             await self._read_out(take, room)
@@ -89,8 +95,8 @@ class Stream:
         self._inside = True
         content = self._body.content
         try:
-            if error := content.exception():
-                raise UpstreamFailure("stream_broken", f"the connection broke ({type(error).__name__})")
+            if content.exception():
+                raise UpstreamFailure("stream_broken", BROKE)
             while not self._full and not self._over and (packet := content.read_nowait()):
                 self._full = not take(self._decode(packet))
             if not self._full and not self._over and content.at_eof():
@@ -120,11 +126,11 @@ class Stream:
             for event in events:
                 if isinstance(event, Named):
                     found += self._chunks.named(event.name, event.data)
-                elif event.startswith(DONE):
-                    self.done = True
-                    break
-                elif event.strip():
-                    found += self._chunks.parts(event)
+                elif said := event.strip():
+                    if said[:1] == b"[" and said[: len(DONE)].upper() == DONE:
+                        self.done = True
+                        break
+                    found += self._chunks.parts(said)
         except UpstreamFailure as failure:
             self._failure = failure
         return found

@@ -7,15 +7,54 @@ compression.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection
-from typing import Final
+from typing import Any, Final
 
 import aiohttp
 import httpx2
 
 MAX_ERROR_BODY: Final = 64 * 1024
+ERROR_PATIENCE: Final = 5.0
+"""Seconds an error's body may take."""
+
 _EXTENSION: Final = "aiohttp_response"
 _FIRST_ERROR_STATUS: Final = 300
+
+
+class _Idle(asyncio.Protocol):
+    """Minds a connection that nobody uses. Whatever comes then answers no request of ours: it must not answer the next.
+
+    (Seen with a server that answered twice: another job's answer began with the second one.)
+    """
+
+    def __init__(self, transport: asyncio.Transport, inner: asyncio.Protocol) -> None:
+        self._transport, self._inner = transport, inner
+
+    def data_received(self, _data: bytes) -> None:
+        self._transport.abort()
+
+    def eof_received(self) -> None:
+        self._transport.abort()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._inner.connection_lost(error)
+
+
+class _Connector(aiohttp.TCPConnector):
+    """Connections that are thrown away when anything comes on them between two requests."""
+
+    def _release(self, key: Any, protocol: Any, *, should_close: bool = False) -> None:
+        super()._release(key, protocol, should_close=should_close)
+        transport = protocol.transport
+        if transport is not None and not transport.is_closing():
+            transport.set_protocol(_Idle(transport, protocol))
+
+    async def _get(self, key: Any, traces: Any) -> Any:
+        connection = await super()._get(key, traces)
+        if connection is not None and connection.transport is not None and connection.protocol is not None:
+            connection.transport.set_protocol(connection.protocol)
+        return connection
 
 
 class RawBodyTransport(httpx2.AsyncBaseTransport):
@@ -31,7 +70,7 @@ class RawBodyTransport(httpx2.AsyncBaseTransport):
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:  # a session belongs to the running loop
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=self._connections, keepalive_timeout=15),
+                connector=_Connector(limit=self._connections, keepalive_timeout=15),
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._connect_timeout),
                 auto_decompress=False,
                 raise_for_status=False,
@@ -50,6 +89,9 @@ class RawBodyTransport(httpx2.AsyncBaseTransport):
                 allow_redirects=False,
             )
             body = await _read_error(response) if response.status >= _FIRST_ERROR_STATUS else None
+        except aiohttp.ClientResponseError as error:
+            what = error.message.partition("\n")[0].partition("b'")[0]  # without the bytes themselves
+            raise httpx2.RemoteProtocolError(what.rstrip(" :")) from None
         except (aiohttp.ClientError, OSError) as error:
             raise httpx2.ConnectError(f"{type(error).__name__}: {error}") from error
         return httpx2.Response(
@@ -69,13 +111,16 @@ class RawBodyTransport(httpx2.AsyncBaseTransport):
 
 
 async def _read_error(response: aiohttp.ClientResponse) -> bytes:
+    body = b""
     try:
-        body = b""
-        while len(body) < MAX_ERROR_BODY and (data := await response.content.readany()):
-            body += data
-        return body[:MAX_ERROR_BODY] or b" "
+        async with asyncio.timeout(ERROR_PATIENCE):
+            while len(body) < MAX_ERROR_BODY and (data := await response.content.readany()):
+                body += data
+    except (aiohttp.ClientError, OSError, TimeoutError):
+        pass  # the status says what it is; of the words there are those that came
     finally:
         response.close()
+    return body[:MAX_ERROR_BODY] or b" "
 
 
 def body_of(response: httpx2.Response) -> aiohttp.ClientResponse:

@@ -18,8 +18,9 @@ LONGEST: Final = 86_400.0
 """Seconds; who asks for more than a day is not believed."""
 
 _METERS: Final = ("requests", "tokens")
-_DURATION: Final = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|us|µs|d|h|m|s))+")
-_PART: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|us|µs|d|h|m|s)")
+_DURATION: Final = re.compile(r"(?:[0-9]+(?:\.[0-9]+)?(?:ms|us|µs|d|h|m|s))+")
+_NUMBER: Final = re.compile(r"-?[0-9]{1,20}(?:\.[0-9]{0,20})?")
+_PART: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|us|µs|d|h|m|s)")
 _UNITS: Final = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}
 _UNIX_TIME: Final = 1e9
 _UNIX_MILLISECONDS: Final = 1e12
@@ -49,10 +50,7 @@ def _known(seconds: float) -> float | None:
 
 
 def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
+    return float(text) if _NUMBER.fullmatch(text.strip()) else math.nan  # float() would take `1_0` and `\u0661`, too
 
 
 def _seconds(text: str, now: float) -> float:

@@ -1,24 +1,25 @@
-"""The world of a live test: a real server, a scripted upstream, real workers, and a look at what they left behind."""
+"""The world of a live test: a real server, a scripted upstream, real workers, and a look at what they left behind.
+
+The fixtures that make worlds are in tests/conftest.py.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
-import pytest
-import redis
 
 from local import guard
 from millstream import Client, Event, Result, Settings
-from millstream.events import AnyEvent
-from tests.live.worker_process import PATIENCE, WorkerProcess, wait_until
+from millstream.events import AnyEvent, Started
 from tests.oracle import check_consumers, check_keys, check_log
+from tests.tally import TALLY
 from tests.upstream import DEFAULT_CHUNKS, Exchange, ScriptedUpstream, expected_text, seed_of
-from tests.valkey import Valkey
+from tests.worker_process import PATIENCE, PROGRAM, WorkerProcess, wait_until
 
 LEASE: Final = 2.0
 """Seconds, short so that a lost lease is found soon; the smallest that two busy cores renew without fail."""
@@ -44,10 +45,14 @@ def timeless(events: Iterable[AnyEvent]) -> list[AnyEvent]:
     return [msgspec.structs.replace(event, at=0.0) for event in events]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _spawner(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Start the thread that starts all children now: it stays, and no test has left it behind."""
-    guard.spawn([sys.executable, "-S", "-c", ""], log=tmp_path_factory.mktemp("spawner") / "log").wait()
+def table(name: str, base_url: str, more: str = "") -> str:
+    """An upstream in a file of several."""
+    return f'[upstreams."{name}"]\nbase_url = "{base_url}"\n{more}\n'
+
+
+def starts(log: list[AnyEvent]) -> list[tuple[int, str, str | None]]:
+    """Attempt, upstream and reason of every beginning in a log."""
+    return [(each.attempt, each.upstream, each.reason) for each in log if isinstance(each, Started)]
 
 
 class World:
@@ -64,16 +69,16 @@ class World:
         self.workers: list[WorkerProcess] = []
         self._folder = folder
 
-    def start(self, *arguments: str, **environ: str) -> WorkerProcess:
-        """A worker on its way; `ready()` waits for it."""
+    def start(self, *arguments: str, program: Sequence[str] = PROGRAM, **environ: str) -> WorkerProcess:
+        """A worker on its way; `ready()` waits for it. `program` is another way to the same worker."""
         log = self._folder / f"worker-{len(self.workers) + 1}.log"
-        worker = WorkerProcess(log, {**self.environ, **environ}, arguments)
+        worker = WorkerProcess(log, {**self.environ, **environ}, arguments, program)
         self.workers.append(worker)
         return worker
 
-    def worker(self, *arguments: str, **environ: str) -> WorkerProcess:
+    def worker(self, *arguments: str, program: Sequence[str] = PROGRAM, **environ: str) -> WorkerProcess:
         """A worker that takes jobs."""
-        return self.start(*arguments, **environ).ready()
+        return self.start(*arguments, program=program, **environ).ready()
 
     def make_client(self) -> Client:
         """A client of one's own, for a thread."""
@@ -81,6 +86,10 @@ class World:
 
     def submit(self, prompt: str, **asked: Any) -> str:
         return self.client.submit(prompt, **asked).id
+
+    def cancel(self, job_id: str) -> str:
+        TALLY.cancels += 1
+        return self.client.cancel(job_id)
 
     def status(self, job_id: str) -> str:
         return self.client.status(job_id).status
@@ -98,6 +107,10 @@ class World:
         wait_until(lambda: self.status(job_id) in statuses, f"{job_id} is {' or '.join(statuses)}", within)
         return self.status(job_id)
 
+    def starts(self, job_id: str) -> list[tuple[int, str | None]]:
+        """Attempt and reason of every `started` of an ended job."""
+        return [(each.attempt, each.reason) for each in self.client.follow(job_id) if isinstance(each, Started)]
+
     def held(self, gate: str, count: int = 1) -> list[Exchange]:
         """The exchanges held at this gate, once there are so many."""
         found: list[Exchange] = self.upstream.journal.wait_for(
@@ -111,7 +124,9 @@ class World:
         Only the times of events may change, when an ended log is moved into larger packs.
         """
         log = timeless(check_log(self.client, job_id))
-        check_consumers(map(timeless, [*seen, list(self.client.follow(job_id))]), log)
+        lists = [*seen, list(self.client.follow(job_id))]
+        check_consumers(map(timeless, lists), log)
+        TALLY.events += len(log) + sum(map(len, lists))
         return log
 
     def check_text(self, job_id: str, prompt: str, n_chunks: int = DEFAULT_CHUNKS) -> Result:
@@ -176,53 +191,3 @@ def a_world(url: str, folder: Path, **environ: str) -> Iterator[World]:
         finally:
             world.tell()
             world.close()
-
-
-@pytest.fixture
-def world(valkey: Valkey, tmp_path: Path) -> Iterator[World]:
-    """A world of the test's own, checked after it. It has a database of its own: `shared` may be alive beside it."""
-    with a_world(valkey.url.removesuffix("0") + "1", tmp_path) as made:
-        yield made
-        made.check_left()
-
-
-@pytest.fixture(scope="module")
-def shared(request: pytest.FixtureRequest, valkey: Valkey, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """A world with one worker for all tests of a module, checked after the last; each test uses prompts of its own.
-
-    The module's ENVIRON, if it has one, is laid over the worker's environment.
-    """
-    environ: dict[str, str] = getattr(request.module, "ENVIRON", {})
-    with a_world(valkey.url, tmp_path_factory.mktemp("shared"), **environ) as made:
-        made.worker()
-        yield made
-        made.check_left()
-
-
-@pytest.fixture
-def valkey_url(valkey: Valkey) -> str:
-    """The address of an empty database that no other world uses."""
-    url = valkey.url.removesuffix("0") + "2"
-    with redis.Redis.from_url(url) as connection:
-        connection.flushdb()
-    return url
-
-
-@pytest.fixture
-def make_world(tmp_path: Path) -> Iterator[Callable[..., World]]:
-    """Worlds at any address, with any environment: `make_world(url, MILLSTREAM_...="...")`."""
-    with ScriptedUpstream(require_key=True) as upstream:
-        made: list[World] = []
-
-        def make(url: str, **environ: str) -> World:
-            folder = tmp_path / str(len(made))
-            folder.mkdir()
-            made.append(World(url, upstream, folder, **environ))
-            return made[-1]
-
-        try:
-            yield make
-        finally:
-            for each in made:
-                each.tell()
-                each.close()

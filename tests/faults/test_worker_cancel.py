@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import random
+import statistics
 import time
+from collections import Counter
 from typing import Final
 
 import pytest
@@ -10,9 +13,11 @@ import pytest
 from millstream import JobCancelled
 from millstream.events import Cancelled, Chunk
 from tests.contract.consumers import Consumer
-from tests.live.conftest import World
-from tests.live.worker_process import wait_until
-from tests.upstream import Exchange, Headers, Script, Stall, Text, WaitFor, answer, error, expected_text
+from tests.faults.report import Experiment
+from tests.tally import TALLY
+from tests.upstream import Exchange, Headers, Pause, Script, Stall, Text, WaitFor, answer, error, expected_text
+from tests.worker_process import wait_until
+from tests.world import World
 
 TAKES_EFFECT: Final = 1.0
 """Seconds from a cancel to the upstream's closed socket: the guarantee."""
@@ -21,17 +26,20 @@ TAKES_EFFECT: Final = 1.0
 def cancel_and_time(world: World, job_id: str, exchange: Exchange) -> float:
     """Cancel, and say how many seconds later the upstream saw its socket closed."""
     asked = time.monotonic()
-    assert world.client.cancel(job_id) == "cancelled"
+    assert world.cancel(job_id) == "cancelled"
     world.upstream.journal.wait_for(lambda journal: exchange.closed_at is not None)
     assert exchange.outcome == "client_closed"
     assert exchange.closed_at is not None
     return exchange.closed_at - asked
 
 
+pytestmark = pytest.mark.experiment(31)
+
+
 def test_a_queued_job_is_cancelled_without_a_worker(world: World) -> None:
     """Nobody runs it, now or later: a worker that finds its delivery asks nothing of the upstream."""
     job_id = world.submit("nobody asks this")
-    assert world.client.cancel(job_id) == "cancelled"
+    assert world.cancel(job_id) == "cancelled"
     world.worker("--burst").wait()
     assert world.upstream.requests_for("nobody asks this") == []
     [end] = world.check(job_id)
@@ -93,7 +101,7 @@ def test_a_job_that_waits_to_ask_again_is_cancelled(shared: World) -> None:
     consumer = Consumer(shared.make_client, [job_id])
     consumer.wait_for(2)
     assert consumer.events[job_id][1].type == "retrying"
-    assert shared.client.cancel(job_id) == "cancelled"
+    assert shared.cancel(job_id) == "cancelled"
     wait_until(lambda: shared.workers[0].said("job.ended", job=job_id), "the worker lets go", TAKES_EFFECT)
     shared.check(job_id, [consumer.join()[job_id]])
     assert len(shared.upstream.requests_for(prompt)) == 1
@@ -103,7 +111,7 @@ def test_an_ended_job_stays_as_it_ended(shared: World) -> None:
     """A cancel after the end changes nothing, and says what the status is."""
     job_id = shared.submit("ended long ago")
     log_before = shared.check(shared.outcome(job_id).id)
-    assert shared.client.cancel(job_id) == "completed"
+    assert shared.cancel(job_id) == "completed"
     assert shared.check(job_id) == log_before
 
 
@@ -119,7 +127,7 @@ def test_cancelling_as_the_answer_ends_gives_one_end(shared: World) -> None:
     for number, job_id in enumerate(jobs):
         if number == 5:
             shared.upstream.open_gate("last moment")
-        said[job_id] = shared.client.cancel(job_id)
+        said[job_id] = shared.cancel(job_id)
     seen = consumer.join()
     assert {shared.check(job_id, [seen[job_id]])[-1].type for job_id in jobs[:5]} == {"cancelled"}
     for job_id in jobs:
@@ -136,7 +144,7 @@ def test_a_job_whose_worker_died_is_cancelled(world: World) -> None:
     world.held("dead")
     world.wait_for_seq(job_id, 2)
     worker.kill()
-    assert world.client.cancel(job_id) == "cancelled"
+    assert world.cancel(job_id) == "cancelled"
     log = world.check(job_id)
     assert world.last_text(job_id) == expected_text(5, 9)
     second = world.worker()
@@ -146,3 +154,48 @@ def test_a_job_whose_worker_died_is_cancelled(world: World) -> None:
     assert second.wait() == 0
     assert world.check(job_id) == log
     assert len(world.upstream.requests_for(prompt)) == 1
+
+
+def test_cancels_at_random_moments(world: World, experiment: Experiment, soak: bool) -> None:
+    """Queued, waiting for the upstream, before the first token, in mid-stream, at the end: one terminal event each.
+
+    Where a request was open, its socket is closed within a second.
+    """
+    rounds, crowd = (7, 50) if soak else (4, 50)
+    seed = random.randrange(2**32)
+    moments = random.Random(seed)
+    world.worker("--streams", "40")  # fewer slots than jobs: some are still queued
+    took, found = [], Counter[str]()
+    for number in range(rounds):
+        jobs = [(world.submit(prompt), prompt) for prompt in crowd_of(world, moments, f"{seed} {number}", crowd)]
+        consumer = Consumer(world.make_client, [job_id for job_id, _ in jobs])
+        began = time.monotonic()
+        due = sorted((began + moments.uniform(0, 1.2), *job) for job in jobs)
+        for moment, job_id, prompt in due:
+            time.sleep(max(0.0, moment - time.monotonic()))
+            asked = time.monotonic()
+            found[world.cancel(job_id)] += 1
+            took += [(asked, each) for each in world.upstream.requests_for(prompt) if each.outcome == "open"]
+            TALLY.trials += 1
+        for job_id, events in consumer.join().items():
+            world.check(job_id, [events])
+        world.upstream.journal.wait_for(lambda journal: journal.open_streams == 0)
+    closed = [each.closed_at - asked for asked, each in took if each.outcome == "client_closed" and each.closed_at]
+    assert len(closed) > rounds * crowd / 4
+    assert max(closed) < TAKES_EFFECT
+    assert found["cancelled"] > rounds * crowd / 2
+    experiment.note(
+        f"{found.total()} cancels at random moments, seed {seed}: {dict(found)}; {len(closed)} open sockets closed "
+        f"after {statistics.median(closed):.3f} s (median), {max(closed):.3f} s (most)"
+    )
+
+
+def crowd_of(world: World, moments: random.Random, name: str, size: int) -> list[str]:
+    """Prompts whose answers come at once or late, fast or slow, or only after a busy upstream's 503."""
+    prompts = [f"{name} {number}" for number in range(size)]
+    for number, prompt in enumerate(prompts):
+        text = Text(moments.randrange(1, 60), moments.uniform(0, 0.04), seed=number)
+        late = Script(Pause(moments.uniform(0, 0.5)), *answer(text).steps)
+        busy = error(503, headers={"retry-after": "0.3"})
+        world.upstream.on(*moments.choice([[answer(text)], [late], [busy, answer(text)]]), prompt=prompt)
+    return prompts

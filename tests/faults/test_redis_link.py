@@ -6,21 +6,19 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from typing import Final
 
 import pytest
 
-from millstream.events import Chunk, Started
+from millstream.events import Chunk
 from tests.contract.consumers import Consumer
-from tests.live.conftest import SHORTEST, World
-from tests.live.worker_process import wait_until
+from tests.faults.report import Experiment
 from tests.proxy import Proxy
+from tests.tally import TALLY
 from tests.upstream import Chunk as Part
 from tests.upstream import Finish, Pause, Reset, Script, Text, WaitFor, answer, expected_text, seed_of
 from tests.valkey import Valkey
-
-AWAY: Final = 4 * SHORTEST
-"""Seconds without Redis: four leases, and longer than a client's own retries (3 s)."""
+from tests.worker_process import wait_until
+from tests.world import SHORTEST, World
 
 
 @pytest.fixture
@@ -31,58 +29,92 @@ def durable() -> Iterator[Valkey]:
     server.close()
 
 
-def starts(world: World, job_id: str) -> list[tuple[int, str | None]]:
-    return [(e.attempt, e.reason) for e in world.client.follow(job_id) if isinstance(e, Started)]
-
-
-@pytest.mark.parametrize("outage", ["frozen", "killed"])
+@pytest.mark.experiment(25)
+@pytest.mark.parametrize("outage", ["killed", "frozen", "deaf"])
 def test_jobs_go_on_where_they_stood_when_redis_is_back(
-    make_world: Callable[..., World], durable: Valkey, outage: str, say: Callable[[str], None]
+    make_world: Callable[..., World], durable: Valkey, outage: str, soak: bool, experiment: Experiment
 ) -> None:
-    """An outage of four leases: the worker keeps reading into its buffers, writes on afterwards, no attempt is lost.
+    """An outage of more than two leases: workers read on into their buffers, write on afterwards, lose no attempt.
 
-    Consumers that followed all the time see the whole log; a job submitted before and taken afterwards runs too.
+    No sweep takes the living holders' jobs. Consumers that followed all the time see the whole log; a job submitted
+    before and taken afterwards runs too. Deaf: the network swallows everything and ends no connection.
     """
-    world = make_world(durable.url, MILLSTREAM_STREAMS="20", MILLSTREAM_LEASE=f"{SHORTEST:g}")
-    prompts = [f"outage {number}" for number in range(20)]
-    for number, prompt in enumerate(prompts):
-        pace = 0.01 + 0.001 * number
-        world.upstream.on(
-            answer(Text(10, pace, seed=1), WaitFor("away"), Text(200, pace, seed=seed_of(prompt))), prompt=prompt
-        )
-    worker = world.worker()
-    jobs = [job.id for job in world.client.submit_many([{"prompt": prompt} for prompt in prompts])]
-    waiting = world.submit("no slot is free yet")
-    consumers = [Consumer(world.make_client, [job_id]) for job_id in jobs]
-    world.held("away", 20)
-    for consumer in consumers:
-        consumer.wait_for(2)
-    world.upstream.open_gate("away")
-    if outage == "frozen":
-        os.kill(durable.pid, signal.SIGSTOP)
-    else:
-        durable.kill()
+    if outage == "frozen" and not soak:
+        pytest.skip("in the long round: to the clients it looks like deaf")
+    away = 30.0 if soak else 6.0  # longer than a command may take, 5 s
+    with Proxy(durable.url) as proxy:
+        world = make_world(proxy.url, MILLSTREAM_STREAMS="20")
+        prompts = [f"outage {number}" for number in range(40)]
+        for number, prompt in enumerate(prompts):
+            pace = 0.01 + 0.001 * number
+            world.upstream.on(
+                answer(Text(10, pace, seed=1), WaitFor("away"), Text(200, pace, seed=seed_of(prompt))), prompt=prompt
+            )
+        workers = [world.worker(), world.worker()]
+        jobs = [job.id for job in world.client.submit_many([{"prompt": prompt} for prompt in prompts])]
+        waiting = world.submit("no slot is free yet")
+        # A deaf subscription is noticed by 15 s of silence: no wait for the short round.
+        watched = make_world(durable.url) if outage == "deaf" and not soak else world
+        consumers = [Consumer(watched.make_client, [job_id]) for job_id in jobs]
+        world.held("away", 40)
+        for consumer in consumers:
+            consumer.wait_for(2)
+        world.upstream.open_gate("away")
+        _go_away(outage, durable, proxy, away)
+        for job_id, prompt, consumer in zip(jobs, prompts, consumers, strict=True):
+            world.check(job_id, [consumer.join(60)[job_id]])
+            assert world.last_text(job_id) == expected_text(10, 1) + expected_text(200, seed_of(prompt))
+            assert world.starts(job_id) == [(1, None)]
+        world.check_text(waiting, "no slot is free yet")
+        assert world.client.status(waiting).broken == 0
+        assert len(world.upstream.journal) == 41
+        for worker in workers:
+            assert worker.said("redis.away")
+            assert worker.said("redis.back")
+            assert not worker.said("sweep.delivered_again")
+            worker.terminate()
+            assert worker.wait() == 0
+        world.check_left()
+    TALLY.trials += 1
+    experiment.note(f"Redis {outage} for {away:g} s under 40 live streams: all went on in their first attempt")
+
+
+def _go_away(outage: str, server: Valkey, proxy: Proxy, seconds: float) -> None:
+    """Away for so long, and back."""
+    leave, come_back = {
+        "killed": (server.kill, server.restart), "frozen": (server.freeze, server.thaw),
+        "deaf": (proxy.go_deaf, proxy.hear),
+    }[outage]  # fmt: skip
+    leave()
     gone = time.monotonic()
-    worker.wait_for("redis.away")
-    wait_until(lambda: time.monotonic() - gone >= AWAY, "a long outage")
-    if outage == "frozen":
-        os.kill(durable.pid, signal.SIGCONT)
-    else:
-        durable.restart()
-    for job_id, prompt, consumer in zip(jobs, prompts, consumers, strict=True):
-        world.check(job_id, [consumer.join()[job_id]])
-        assert world.last_text(job_id) == expected_text(10, 1) + expected_text(200, seed_of(prompt))
-        assert starts(world, job_id) == [(1, None)]
-    world.check_text(waiting, "no slot is free yet")
-    assert world.client.status(waiting).broken == 0
-    assert len(world.upstream.journal) == 21
-    assert worker.said("redis.back")
-    worker.terminate()
-    assert worker.wait() == 0
+    wait_until(lambda: time.monotonic() - gone >= seconds, "a long outage", 2 * seconds)
+    come_back()
+
+
+@pytest.mark.experiment(25)
+def test_a_worker_that_starts_without_redis_ends_in_words(make_world: Callable[..., World], durable: Valkey) -> None:
+    """It tries for some seconds, says what it found and ends with 5, so that a supervisor starts it again.
+
+    A server that is there and takes nothing is told apart from one that is away.
+    """
+    world = make_world(durable.url)
+    durable.kill()
+    away = world.start()
+    assert away.wait() == 5
+    assert "cannot be reached" in away.log.read_text()
+    durable.restart()
+    redis = world.redis
+    redis.config_set("maxmemory", 1)
+    refused = world.start()
+    assert refused.wait() == 5
+    assert "is full" in refused.log.read_text()
+    redis.config_set("maxmemory", 0)
+    world.worker()
+    world.check_text(world.submit("at last"), "at last")
     world.check_left()
-    say(f"Redis {outage} for {AWAY:g} s under 20 live streams: all went on in their first attempt")
 
 
+@pytest.mark.experiment(25)
 def test_a_worker_can_end_while_redis_is_away(make_world: Callable[..., World], durable: Valkey) -> None:
     """SIGTERM twice without Redis: it does not hang, and the job runs elsewhere once Redis is back."""
     world = make_world(durable.url, MILLSTREAM_GRACE="0")
@@ -103,32 +135,35 @@ def test_a_worker_can_end_while_redis_is_away(make_world: Callable[..., World], 
     world.check(job_id)
 
 
+@pytest.mark.experiment(26)
+@pytest.mark.parametrize("replies", ["lost", "torn"])
 def test_lost_replies_double_and_lose_nothing(
-    make_world: Callable[..., World], valkey_url: str, say: Callable[[str], None]
+    make_world: Callable[..., World], valkey_url: str, replies: str, say: Callable[[str], None]
 ) -> None:
-    """Every 5th reply to worker, producer and consumers is lost after the command was carried out.
+    """Every 5th reply to worker, producer and consumers is lost after the command was carried out, or half of it is.
 
     Each job has one run upstream, its text is whole, no event is doubled, and no attempt is counted.
     """
     with Proxy(valkey_url) as proxy:
         world, honest = make_world(proxy.url, MILLSTREAM_LEASE=f"{SHORTEST:g}"), make_world(valkey_url)
+        lose = proxy.lose_every if replies == "lost" else proxy.tear_every
         worker = world.worker()
         prompts = [f"lost reply {number}" for number in range(30)]
         for prompt in prompts:
             world.upstream.on(answer(Text(200, 0.01, seed=seed_of(prompt))), prompt=prompt)
-        proxy.lose_every(5)
+        lose(5)
         jobs = [world.submit(prompt) for prompt in prompts]
         consumers = [Consumer(world.make_client, [job_id]) for job_id in jobs]
         # A delivery whose taking was lost comes back by a sweep, after four leases: not every one under this loss.
         wait_until(lambda: honest.redis.xlen(honest.keys.ended) >= 20, "most jobs end under loss")
         lost = proxy.lost
-        proxy.lose_every(0)
+        lose(0)
         for job_id, prompt, consumer in zip(jobs, prompts, consumers, strict=True):
             log = honest.check(job_id, [consumer.join()[job_id]])
             assert honest.last_text(job_id) == expected_text(200, seed_of(prompt))
             assert sum(event.n for event in log if isinstance(event, Chunk)) == 200
             assert len(honest.upstream.requests_for(prompt)) == 1
-            assert starts(honest, job_id) == [(1, None)]
+            assert honest.starts(job_id) == [(1, None)]
         assert lost > 30
         worker.terminate()
         assert worker.wait() == 0
@@ -136,6 +171,7 @@ def test_lost_replies_double_and_lose_nothing(
     say(f"{lost} lost replies under 30 jobs: nothing doubled, nothing lost")
 
 
+@pytest.mark.experiment(26)
 def test_lost_replies_to_cancels_and_restarts(
     make_world: Callable[..., World], valkey_url: str, say: Callable[[str], None]
 ) -> None:
@@ -164,7 +200,7 @@ def test_lost_replies_to_cancels_and_restarts(
         for job_id in restarted:
             assert honest.outcome(job_id).text == expected_text(30, 2)
             honest.check(job_id)
-            assert starts(honest, job_id) in ([(1, None)], [(1, None), (2, "stream_broken")])
+            assert honest.starts(job_id) in ([(1, None)], [(1, None), (2, "stream_broken")])
         assert {len(honest.upstream.requests_for(prompt)) for prompt in broken} == {2}
         for job_id in cancelled:
             honest.check(job_id)
@@ -172,6 +208,7 @@ def test_lost_replies_to_cancels_and_restarts(
     say(f"{lost} lost replies under 20 broken and 10 cancelled streams: one restart and one end each")
 
 
+@pytest.mark.experiment(26)
 def test_a_restart_survives_a_heartbeat_on_its_way(make_world: Callable[..., World], valkey_url: str) -> None:
     """On a slow line the heartbeat of the old attempt may arrive after the claim of the new one: it is no fence.
 
@@ -189,11 +226,12 @@ def test_a_restart_survives_a_heartbeat_on_its_way(make_world: Callable[..., Wor
         jobs = [job.id for job in world.client.submit_many([{"prompt": prompt} for prompt in prompts])]
         for job_id in jobs:
             assert honest.outcome(job_id).text == expected_text(5, 2)
-            assert starts(honest, job_id) == [(1, None), (2, "stream_broken")]
+            assert honest.starts(job_id) == [(1, None), (2, "stream_broken")]
             honest.check(job_id)
         assert {len(honest.upstream.requests_for(prompt)) for prompt in prompts} == {2}
 
 
+@pytest.mark.experiment(25)
 def test_a_full_buffer_pauses_the_upstream_and_loses_nothing(make_world: Callable[..., World], durable: Valkey) -> None:
     """While Redis stands still a fast answer fills the job's buffer, then waits at the upstream's socket.
 
@@ -218,10 +256,11 @@ def test_a_full_buffer_pauses_the_upstream_and_loses_nothing(make_world: Callabl
     assert (result.status, result.error) == ("completed", None)
     assert result.text == "".join(pieces)
     world.check(job_id)
-    assert starts(world, job_id) == [(1, None)]
+    assert world.starts(job_id) == [(1, None)]
     assert worker.alive
 
 
+@pytest.mark.experiment(25)
 @pytest.mark.parametrize("after", [0.05, 1.5])
 def test_a_shutdown_while_redis_stands_still_cuts_no_answer(
     make_world: Callable[..., World], durable: Valkey, after: float

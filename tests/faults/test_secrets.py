@@ -8,11 +8,14 @@ from typing import Any, Final
 
 import pytest
 
-from tests.live.conftest import KEY, World
 from tests.upstream import Chunk, Raw, Reset, Script, Text, WaitFor, answer, error, html
+from tests.valkey import Valkey
+from tests.world import KEY, World
 
 PROMPT: Final = "prompt-canary-77aa1c"
 SAID: Final = "answer-canary-b81f20"
+
+pytestmark = pytest.mark.experiment(37)
 
 
 def everything(redis: Any) -> Iterator[tuple[str, str]]:
@@ -37,7 +40,7 @@ def command_lines() -> Iterator[str]:
             continue  # it ended while we looked
 
 
-def test_key_and_prompt_stay_where_they_belong(world: World) -> None:
+def test_key_and_prompt_stay_where_they_belong(world: World, valkey: Valkey) -> None:
     """Jobs that end in every way, an upstream that echoes the key, and a look at all of Redis, the logs and `ps`.
 
     The prompt is in the specs alone, the answer in the logs alone, the key in the requests alone.
@@ -70,10 +73,19 @@ def test_key_and_prompt_stay_where_they_belong(world: World) -> None:
     look(world)
     log = worker.log.read_text()
     assert [word for word in (KEY, PROMPT, SAID) if word in log] == []
+    world.redis.save()
+    written = files_of(valkey)
+    assert any(PROMPT.encode() in content for content in written.values()), "the append-only file is not among them"
+    assert [name for name, content in written.items() if KEY.encode() in content] == []
     assert all(each.request.headers["authorization"] == f"Bearer {KEY}" for each in world.upstream.journal)
     refused = world.outcome(jobs["refused"]).error
     assert refused is not None
     assert refused["message"] == "Incorrect API key provided: ***."
+
+
+def files_of(server: Valkey) -> dict[str, bytes]:
+    """What the server has written: its append-only files, a dump, its log."""
+    return {str(path): path.read_bytes() for path in server.folder.rglob("*") if path.is_file()}
 
 
 def look(world: World) -> None:

@@ -6,22 +6,24 @@ import json
 import pickle
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 from rq import Queue
 from rq.serializers import JSONSerializer
+from rq.suspension import WORKERS_SUSPENDED
 
 from millstream import calls
 from millstream.delivery import deliver, queue_key
-from millstream.events import Started
 from millstream.job import FUNCTION
-from tests.live.conftest import SHORTEST, World, a_world
-from tests.live.worker_process import wait_until
+from tests.tally import TALLY
 from tests.upstream import Stall, Text, WaitFor, answer, expected_text
 from tests.valkey import Valkey
+from tests.worker_process import WorkerProcess, wait_until
+from tests.world import SHORTEST, World, a_world
 
 PATIENCE: Final = 4 * SHORTEST
 """Seconds after which a queued job is looked after, where the lease is the shortest."""
@@ -39,79 +41,101 @@ def hasty(valkey: Valkey, tmp_path: Path) -> Iterator[World]:
         made.check_left()
 
 
-def starts(world: World, job_id: str) -> list[int]:
-    return [event.attempt for event in world.client.follow(job_id) if isinstance(event, Started)]
-
-
 def intermediate(world: World) -> list[bytes]:
     found: list[bytes] = world.redis.lrange(f"{queue_key(world.keys, LANE)}:intermediate", 0, -1)
     return found
 
 
-def test_a_job_delivered_five_times_runs_once(world: World) -> None:
+@pytest.mark.experiment(19)
+def test_a_job_delivered_five_times_runs_once(world: World, soak: bool) -> None:
     """Five deliveries at once, over two workers: one upstream stream, one attempt, and the others end in peace."""
-    prompt = "five times"
-    world.upstream.on(answer(Text(5, seed=1), WaitFor("five"), Text(5, seed=2)), prompt=prompt)
-    job_id = world.submit(prompt)
-    for _ in range(4):
-        assert world.client.run(calls.redeliver(world.keys, job_id, LANE))
-    first, second = world.start(), world.start()
-    first.ready()
-    second.ready()
-    world.held("five")
-    wait_until(lambda: world.redis.llen(queue_key(world.keys, LANE)) == 0, "all are taken")
-    wait_until(lambda: len([*first.said("intake.nothing_to_do"), *second.said("intake.nothing_to_do")]) == 4, "4 busy")
-    assert world.upstream.journal.max_open_streams == 1
-    world.upstream.open_gate("five")
-    assert world.outcome(job_id).text == expected_text(5, 1) + expected_text(5, 2)
-    world.check(job_id)
-    assert starts(world, job_id) == [1]
-    assert len(world.upstream.journal) == 1
+    workers = [world.worker(), world.worker()]
+    for trial in range(20 if soak else 2):
+        prompt = gate = f"five times {trial}"
+        world.upstream.on(answer(Text(5, seed=1), WaitFor(gate), Text(5, seed=2)), prompt=prompt)
+        world.redis.set(WORKERS_SUSPENDED, 1)  # nobody takes while they are put there
+        job_id = world.submit(prompt)
+        for _ in range(4):
+            assert world.client.run(calls.redeliver(world.keys, job_id, LANE))
+        world.redis.delete(WORKERS_SUSPENDED)
+        world.held(gate)
+        wait_until(partial(turned_away, workers, job_id, 4), "four are turned away")
+        assert world.upstream.journal.open_streams == 1
+        world.upstream.open_gate(gate)
+        assert world.outcome(job_id).text == expected_text(5, 1) + expected_text(5, 2)
+        world.check(job_id)
+        assert world.starts(job_id) == [(1, None)]
+        assert len(world.upstream.requests_for(prompt)) == 1
+        TALLY.trials += 1
     wait_until(lambda: intermediate(world) == [], "RQ's books are written")
 
 
-def test_a_duplicate_that_returned_early_costs_nothing(world: World) -> None:
-    """The other delivery has come and gone when the real worker dies: the job still completes."""
-    prompt = "duplicate, then death"
-    world.upstream.on(answer(Text(5, seed=1), WaitFor("dup"), Stall()), answer(Text(20, seed=2)), prompt=prompt)
-    first = world.worker()
+def turned_away(workers: Sequence[WorkerProcess], job_id: str, count: int) -> bool:
+    return sum(len(each.said("intake.nothing_to_do", job=job_id)) for each in workers) == count
+
+
+@pytest.mark.experiment(20)
+def test_two_deliveries_to_one_process_run_once(world: World) -> None:
+    """Taken in one go or one after the other: the second finds the first one's lease."""
+    prompt = "twice to one"
+    world.upstream.on(answer(Text(5, seed=1), WaitFor("one"), Text(5, seed=2)), prompt=prompt)
     job_id = world.submit(prompt)
-    world.held("dup")
-    world.wait_for_seq(job_id, 2)
     world.client.run(calls.redeliver(world.keys, job_id, LANE))
-    first.wait_for("intake.nothing_to_do", because="busy")
-    second = world.worker()
-    first.kill()
-    assert world.outcome(job_id).text == expected_text(20, 2)
+    worker = world.worker()
+    world.held("one")
+    wait_until(partial(turned_away, [worker], job_id, 1), "the second is turned away")
+    world.client.run(calls.redeliver(world.keys, job_id, LANE))
+    wait_until(partial(turned_away, [worker], job_id, 2), "so is a third")
+    world.upstream.open_gate("one")
+    assert world.outcome(job_id).text == expected_text(5, 1) + expected_text(5, 2)
     world.check(job_id)
-    assert starts(world, job_id) == [1, 2]
-    assert second.said("sweep.delivered_again", because="lost")
+    assert len(world.upstream.requests_for(prompt)) == 1
+    TALLY.trials += 1
 
 
-def test_an_entry_that_vanished_is_found_by_the_sweep(hasty: World) -> None:
-    """The queue has lost the job (LREM, a crash of RQ's): after the patience it is delivered again and runs."""
-    job_id = hasty.submit("vanished")
-    submitted = time.monotonic()
-    [rq_id] = hasty.redis.lrange(queue_key(hasty.keys, LANE), 0, -1)
-    assert hasty.redis.lrem(queue_key(hasty.keys, LANE), 1, rq_id) == 1
-    hasty.redis.delete(b"rq:job:" + rq_id)
-    worker = hasty.worker()
-    hasty.check_text(job_id, "vanished")
-    assert PATIENCE - 0.1 <= time.monotonic() - submitted < PATIENCE + 3
-    assert worker.said("sweep.delivered_again", because="vanished")
-    assert starts(hasty, job_id) == [1]
+@pytest.mark.experiment(20)
+def test_a_duplicate_that_returned_early_costs_nothing(world: World, soak: bool) -> None:
+    """The other delivery has come and gone when the real worker dies: the job still completes."""
+    worker = world.worker()
+    for trial in range(5 if soak else 1):
+        prompt = gate = f"duplicate, then death {trial}"
+        world.upstream.on(answer(Text(5, seed=1), WaitFor(gate), Stall()), answer(Text(20, seed=2)), prompt=prompt)
+        job_id = world.submit(prompt)
+        world.held(gate)
+        world.wait_for_seq(job_id, 2)
+        world.client.run(calls.redeliver(world.keys, job_id, LANE))
+        worker.wait_for("intake.nothing_to_do", job=job_id, because="busy")
+        successor = world.worker()
+        worker.kill()
+        assert world.outcome(job_id).text == expected_text(20, 2)
+        world.check(job_id)
+        assert world.starts(job_id) == [(1, None), (2, "worker_lost")]
+        assert successor.said("sweep.delivered_again", because="lost", job=job_id)
+        worker = successor
+        TALLY.trials += 1
 
 
-def test_a_crash_between_taking_and_claiming_loses_nothing(hasty: World) -> None:
-    """An entry that stands in the intermediate list, whose taker is dead: the sweep delivers the job again."""
-    job_id = hasty.submit("between")
+@pytest.mark.experiment(21)
+def test_a_delivery_that_vanished_is_found_by_the_sweep(hasty: World) -> None:
+    """The queue has lost it (LREM, a crash of RQ's), or its taker died before the claim: after the patience it runs."""
     key = queue_key(hasty.keys, LANE)
+    vanished = hasty.submit("vanished")
+    submitted = time.monotonic()
+    [rq_id] = hasty.redis.lrange(key, 0, -1)
+    assert hasty.redis.lrem(key, 1, rq_id) == 1
+    hasty.redis.delete(b"rq:job:" + rq_id)
+    taken = hasty.submit("between")
     assert hasty.redis.lmove(key, f"{key}:intermediate", "LEFT", "RIGHT")
-    hasty.worker()
-    hasty.check_text(job_id, "between")
-    assert starts(hasty, job_id) == [1]
+    worker = hasty.worker()
+    for job_id, prompt in ((vanished, "vanished"), (taken, "between")):
+        hasty.check_text(job_id, prompt)
+        assert worker.said("sweep.delivered_again", because="vanished", job=job_id)
+        assert hasty.starts(job_id) == [(1, None)]
+        TALLY.trials += 1
+    assert PATIENCE - 0.1 <= time.monotonic() - submitted < PATIENCE + 3
 
 
+@pytest.mark.experiment(20)
 def test_a_delivery_whose_rq_hash_expired_is_no_loss(world: World) -> None:
     """RQ's hash is gone, another delivery of the same job waits: the job completes."""
     job_id = world.submit("hash expired")
@@ -124,6 +148,7 @@ def test_a_delivery_whose_rq_hash_expired_is_no_loss(world: World) -> None:
     wait_until(lambda: intermediate(world) == [], "the entry is out of the way")
 
 
+@pytest.mark.experiment(21)
 def test_backlogs_are_no_loss(hasty: World) -> None:
     """Jobs that wait in their lane for longer than the patience are not delivered twice."""
     hasty.upstream.on(answer(WaitFor("backlog"), Text(3, seed=1)))
@@ -154,7 +179,7 @@ def poisons(marker: Path) -> dict[str, dict[str, Any]]:
     good = {"data": zlib.compress(call()), "status": "queued", "created_at": "2026-11-22T00:00:00.000000Z"}
     return {
         "foreign function": {**good, "data": zlib.compress(call("os.system", [f"touch {marker}"]))},
-        "foreign module": {**good, "data": zlib.compress(call("tests.live.poison.strike", [str(marker)]))},
+        "foreign module": {**good, "data": zlib.compress(call("tests.faults.poison.strike", [str(marker)]))},
         "pickle": {**good, "data": zlib.compress(pickle.dumps(("os.system", None, (f"touch {marker}",), {})))},
         "pickle that runs": {**good, "data": zlib.compress(b"cbuiltins\nexec\n(S'" + touch.encode() + b"'\ntR.")},
         "bad zlib": {**good, "data": b"x\x9cnot zlib at all"},
@@ -165,16 +190,21 @@ def poisons(marker: Path) -> dict[str, dict[str, Any]]:
         "keyword arguments": {**good, "data": zlib.compress(call(kwargs={"a": 1}))},
         "bad job id": {**good, "data": zlib.compress(call(args=["../../etc:{x}"]))},
         "id of a wrong type": {**good, "data": zlib.compress(call(args=[{"a": 1}]))},
-        "success callback": {**good, "success_callback_name": "tests.live.poison.strike"},
-        "failure callback": {**good, "failure_callback_name": "tests.live.poison.strike"},
-        "stopped callback": {**good, "stopped_callback_name": "tests.live.poison.strike"},
+        "success callback": {**good, "success_callback_name": "tests.faults.poison.strike"},
+        "failure callback": {**good, "failure_callback_name": "tests.faults.poison.strike"},
+        "stopped callback": {**good, "stopped_callback_name": "tests.faults.poison.strike"},
         "webhook": {**good, "webhooks": json.dumps([{"url": "http://127.0.0.1:9/", "job_status": "failed"}])},
         "retries": {**good, "retry_intervals": "[0]", "retries_left": "3"},
         "bad status": {**good, "data": zlib.compress(call("x")), "status": "\xff"},
         "bad time": {**good, "data": zlib.compress(call("x")), "created_at": "yesterday"},
+        "bad timeout": {**good, "data": zlib.compress(call("x")), "timeout": "a while"},
+        "bad JSON": {**good, "data": zlib.compress(b'["millstream.job.complete", null, ["00ff"')},
+        "JSON of another kind": {**good, "data": zlib.compress(b'"millstream.job.complete"')},
+        "plain JSON that asks for more": {**good, "data": call("subprocess.call", [["touch", str(marker)]])},
     }
 
 
+@pytest.mark.experiment(22)
 def test_poison_stops_nothing_and_runs_nowhere(world: World, tmp_path: Path, say: Callable[[str], None]) -> None:
     """Before and between good jobs stand entries that lie: the good ones finish, nothing foreign runs.
 
@@ -198,6 +228,20 @@ def test_poison_stops_nothing_and_runs_nowhere(world: World, tmp_path: Path, say
     specless = world.submit("its spec is of another type")
     world.redis.delete(world.keys.spec(specless))
     world.redis.rpush(world.keys.spec(specless), "text")
+    odd_specs = {
+        "missing": None, "huge": b'{"model":"m","messages":[{"role":"user","content":"' + b"x" * 5_000_000 + b'"}]}',
+        "malformed": b'{"model":', "nested": b"[" * 100_000, "not UTF-8": b'{"model":"\xff"}', "empty": b"",
+        "another version": b'{"model":"m","messages":[{"role":"user","content":"x"}],"v":2}',
+        "a wrong type": b'{"model":"m","messages":"x"}', "no messages": b'{"model":"m","messages":[]}',
+    }  # fmt: skip
+    refusals = {}
+    for name, body in odd_specs.items():
+        refusals[name] = world.submit(f"its spec is {name}")
+        key = world.keys.spec(refusals[name])
+        if body is None:
+            world.redis.delete(key)
+        else:
+            world.redis.set(key, body, keepttl=True)
     nobody = deliver(world.keys, "nobody", LANE)
     world.redis.hset(nobody.job_key, mapping=nobody.fields)
     world.redis.rpush(queue, nobody.rq_id)
@@ -220,14 +264,19 @@ def test_poison_stops_nothing_and_runs_nowhere(world: World, tmp_path: Path, say
     wait_until(lambda: intermediate(world) == [], "nothing is left in between")
     assert worker.said("intake.nothing_to_do", job=broken, because="error")
     assert worker.said("intake.nothing_to_do", job="nobody", because="unknown")
-    refused = world.outcome(specless).error
-    assert refused is not None
-    assert refused["code"] == "invalid_spec"
-    say(f"{len(put_aside)} poisoned entries, 2 jobs with broken keys: {len(jobs) + 1} good jobs behind them finished")
+    for job_id in (specless, *refusals.values()):
+        refused = world.outcome(job_id).error
+        assert refused is not None
+        assert refused["code"] == "invalid_spec"
+    asked = {each.request.prompt for each in world.upstream.journal}
+    assert asked == {prompt for _, prompt in jobs} | {"behind all of them"}
+    TALLY.trials += len(put_aside) + len(refusals) + 3
+    say(f"{len(put_aside)} poisoned entries, {len(refusals) + 2} broken jobs: {len(jobs) + 1} good ones finished")
     world.redis.delete("rq:job:wrong-type", world.keys.state(broken), world.keys.spec(broken))
     world.redis.zrem(world.keys.open, broken)
 
 
+@pytest.mark.experiment(22)
 def test_rqs_maintenance_runs_nothing_foreign(world: World, tmp_path: Path) -> None:
     """RQ's clean-up of abandoned and stuck jobs honours what their hashes say; a worker's must not, nor trip over it.
 
@@ -269,6 +318,7 @@ def test_rqs_maintenance_runs_nothing_foreign(world: World, tmp_path: Path) -> N
     world.redis.delete(f"rq:wip:{world.keys.queue(LANE)}", key, *(f"rq:results:{name}" for name in hashes))
 
 
+@pytest.mark.experiment(22)
 def test_an_accepted_job_may_be_enqueued_by_hand(world: World) -> None:
     """`Queue.enqueue(FUNCTION, job_id)`, as RQ's own tools do it, runs an accepted job; of others nothing happens."""
     job_id = world.submit("by hand")
@@ -282,10 +332,3 @@ def test_an_accepted_job_may_be_enqueued_by_hand(world: World) -> None:
     worker.wait_for("intake.nothing_to_do", job="unknown-job", because="unknown")
     wait_until(lambda: by_hand.get_status() == "finished", "RQ's books say so")
     assert by_hand.return_value() == "completed"
-
-
-@pytest.mark.parametrize("lane", ["interactive", "batch"])
-def test_both_lanes_are_served(shared: World, lane: str) -> None:
-    """A job of either lane runs on a worker that was told nothing."""
-    prompt = f"lane {lane}"
-    shared.check_text(shared.submit(prompt, lane=lane), prompt)

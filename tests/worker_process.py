@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from local import guard
+from tests.tally import TALLY
 
 PATIENCE: Final = 30.0
 """Seconds a test waits for what must happen soon; only a failing test waits this long."""
 
 _INHERITED: Final = ("PATH", "HOME", "LANG", "TMPDIR", "VIRTUAL_ENV")
+
+PROGRAM: Final = (sys.executable, "-m", "worker")
 
 _BROKEN: Final = ("worker.broken", "job.broken", "writer.refused")
 """What a worker says when something in it is wrong, whatever the world did to it."""
@@ -37,12 +40,20 @@ def environment(settings: Mapping[str, str]) -> dict[str, str]:
     return {**kept, **settings}
 
 
+def memory_of(pid: int) -> int:
+    """The process's own memory in bytes: what it shares with nobody, be it in RAM or not."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon", "VmSwap")))
+
+
 class WorkerProcess:
     """One worker. Its log holds a JSON object per line, and whatever else went to stderr."""
 
-    def __init__(self, log: Path, settings: Mapping[str, str], arguments: Sequence[str]) -> None:
+    def __init__(
+        self, log: Path, settings: Mapping[str, str], arguments: Sequence[str], program: Sequence[str] = PROGRAM
+    ) -> None:
         self.log = log
-        self._child = guard.spawn([sys.executable, "-m", "worker", *arguments], log=log, environ=environment(settings))
+        self._child = guard.spawn([*program, *arguments], log=log, environ=environment(settings))
         self.pid = self._child.pid
 
     @property
@@ -78,11 +89,13 @@ class WorkerProcess:
 
     def kill(self) -> None:
         """SIGKILL, as a crash; returns when it is gone."""
+        TALLY.worker_kills += 1
         self._child.kill()
         self._child.wait()
 
     def freeze(self) -> None:
         """SIGSTOP; returns when it stands still."""
+        TALLY.stops += 1
         os.kill(self.pid, signal.SIGSTOP)
         if (stat := Path(f"/proc/{self.pid}/stat")).exists():
             wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", "the worker stands still")
@@ -91,6 +104,7 @@ class WorkerProcess:
         os.kill(self.pid, signal.SIGCONT)
 
     def terminate(self) -> None:
+        TALLY.shutdowns += 1
         self._child.terminate()
 
     def wait(self, within: float = PATIENCE) -> int:

@@ -1,0 +1,48 @@
+"""When a worker may judge others: only after an unbroken lease of its own connection to Redis."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from types import SimpleNamespace
+from typing import Any
+
+from worker.sweeper import Sweeper
+
+LEASE = 0.2
+
+
+class Watched(Sweeper):
+    """Finds a job due at every look, of which the `slow`th takes as long as an outage; notes when it sweeps
+    for the first time after that."""
+
+    def __init__(self, slow: int) -> None:
+        client: Any = SimpleNamespace(settings=SimpleNamespace(lease=LEASE))
+        super().__init__(client)
+        self.slow, self.looks = slow, 0
+        self.back_at = 0.0
+        self.first = asyncio.Event()
+        self.swept_at = 0.0
+
+    async def _due(self) -> list[str]:
+        self.looks += 1
+        if self.looks == self.slow:
+            await asyncio.sleep(2 * LEASE)
+            self.back_at = asyncio.get_running_loop().time()
+        return ["job"]
+
+    async def _sweep(self, due: list[str]) -> None:
+        if self.back_at and not self.first.is_set():
+            self.swept_at = asyncio.get_running_loop().time()
+            self.first.set()
+
+
+async def test_a_look_that_outlasted_an_outage_begins_the_lease_anew() -> None:
+    """The retries below a look may hide an outage: living holders must get to renew before anybody judges them."""
+    sweeper = Watched(slow=8)
+    task = asyncio.create_task(sweeper.run())
+    await sweeper.first.wait()
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+    assert sweeper.swept_at - sweeper.back_at >= LEASE
