@@ -6,13 +6,15 @@ import contextlib
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from tests.live.producer_processes import ROOT
-from tests.upstream import DEFAULT_CHUNKS, expected_text, seed_of
+from tests.upstream import DEFAULT_CHUNKS, expected_text, good_answer, seed_of
 from tests.worker_process import PATIENCE, environment, wait_until
+from tests.world import World
 
 
 def row(number: int, **body: Any) -> dict[str, Any]:
@@ -22,6 +24,20 @@ def row(number: int, **body: Any) -> dict[str, Any]:
         "custom_id": f"row-{number}", "method": "POST", "url": "/v1/chat/completions",
         "body": {"model": "scripted", "messages": messages, **body},
     }  # fmt: skip
+
+
+def map_rows(count: int) -> list[dict[str, Any]]:
+    return [row(number) for number in range(count)]
+
+
+def paced(world: World, seconds: float) -> None:
+    """Every chunk takes its time."""
+    world.upstream.on(lambda request: good_answer(request, pace_seconds=seconds))
+
+
+def paid(world: World) -> Counter[str]:
+    """Requests the upstream got, by prompt."""
+    return Counter(str(exchange.request.prompt) for exchange in world.upstream.journal)
 
 
 def write(path: Path, rows: Sequence[Any]) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.live.batch_processes import batch, check_answers, read, row, write
+from tests.live.batch_processes import batch, check_answers, map_rows, paced, paid, read, row, write
 from tests.live.producer_processes import ROOT, Room, Screen
 from tests.upstream import Request, Script, Text, WaitFor, answer, expected_text, good_answer, seed_of
 from tests.valkey import Valkey
@@ -50,11 +49,6 @@ OFFICIAL = [  # the examples of OpenAI's Batch guide and cookbook, written anew:
                   "type": "object", "properties": {}, "additionalProperties": False}}},
               "messages": [{"role": "user", "content": "Grind the wheat."}]}},
 ]  # fmt: skip
-
-
-def paid(world: World) -> Counter[str]:
-    """Requests the upstream got, by prompt."""
-    return Counter(str(exchange.request.prompt) for exchange in world.upstream.journal)
 
 
 def test_the_official_examples_run_unchanged_and_read_like_openais(world: World, tmp_path: Path) -> None:
@@ -136,48 +130,6 @@ def test_an_edited_row_is_asked_again_and_an_answered_one_is_not(world: World, t
     assert len(read(out)) == 4
 
 
-@pytest.mark.timeout(600)
-def test_every_row_once_whoever_is_killed(
-    world: World, tmp_path: Path, request: pytest.FixtureRequest, say: Callable[[str], None]
-) -> None:
-    """Producer and worker are killed in turn at random moments; the same command goes on."""
-    soak = request.config.getoption("--soak")
-    kills, count = (20, 4000) if soak else (3, 240)
-    seed = random.randrange(1 << 32)
-    chance = random.Random(seed)
-    say(f"{kills} kills of the producer and {kills} of the worker during {count} rows, seed {seed}")
-    paced(world, 0.005)
-    source, out = write(tmp_path / "in.jsonl", map_rows(count)), tmp_path / "out.jsonl"
-    worker = world.worker("--streams", "40")
-    for round_ in range(kills):
-        with batch(world.environ, source, out, "--window", "60") as run:
-            target = min(count - 1, run.written() + chance.randrange(1, max(2, count // (kills + 1))))
-            run.wait_for(target)
-            time.sleep(chance.random() * 0.05)  # any moment, not always the one after a line was written
-            run.process.kill()
-        if round_ % 2:
-            worker.kill()
-            worker = world.worker("--streams", "40")
-        else:
-            with batch(world.environ, source, out, "--window", "60") as run:
-                run.wait_for(run.written() + 1)
-                worker.kill()
-                worker = world.worker("--streams", "40")
-                run.process.kill()
-    for _ in range(kills - kills // 2 - (kills + 1) // 2):
-        worker.kill()
-        worker = world.worker("--streams", "40")
-    with batch(world.environ, source, out, "--window", "60") as run:
-        assert run.end(within=300)[0] == 0
-    check_answers(read(out), count)
-    lost = kills * 40  # what the worker held when it was killed is paid again; what the producer left is picked up
-    assert count <= paid(world).total() <= count + lost
-
-
-def map_rows(count: int) -> list[dict[str, Any]]:
-    return [row(number) for number in range(count)]
-
-
 @pytest.mark.timeout(300)
 def test_what_a_killed_producer_left_open_is_picked_up_and_not_paid_twice(world: World, tmp_path: Path) -> None:
     """With a worker that lives, the upstream is asked once for each row, however often the producer is killed."""
@@ -203,11 +155,6 @@ def held(world: World) -> None:
         return answer(WaitFor("go"), Text(20, seed=seed_of(request.prompt)))
 
     world.upstream.on(script)
-
-
-def paced(world: World, seconds: float) -> None:
-    """Every chunk takes its time."""
-    world.upstream.on(lambda request: good_answer(request, pace_seconds=seconds))
 
 
 def open_rows(world: World) -> int:
