@@ -40,7 +40,8 @@ class Model:
         self.most = 0
         """The most jobs there were at once."""
         self.feed: list[tuple[bytes, dict[bytes, bytes]]] = []
-        self.full = False
+        self.full: bool | str = False
+        """Whether it refuses rows: true as a server at maxmemory does, `nearly` as the script does before."""
         self._endings = 0
 
     @property
@@ -56,6 +57,8 @@ class Model:
     def submit(self, job: str) -> list[bytes] | Exception:
         if job in self.jobs:
             return [b"exists", self.jobs[job].encode()]
+        if self.full == "nearly":
+            return [b"full", b"9", b"10"]
         if self.full:
             return redis.exceptions.OutOfMemoryError("command not allowed when used memory > 'maxmemory'.")
         self.jobs[job] = "queued"

@@ -79,7 +79,8 @@ def test_no_row_is_read_before_there_is_room_for_it() -> None:
     assert len(read) == 4
 
 
-def test_a_full_server_is_waited_out() -> None:
+@pytest.mark.parametrize("full", [True, "nearly"])
+def test_a_full_server_is_waited_out(full: bool | str) -> None:
     """Refused rows stay; what runs ends, and makes room."""
     model = Model()
     run = Run(model, source(rows(6)), 2)
@@ -87,14 +88,15 @@ def test_a_full_server_is_waited_out() -> None:
 
     def around() -> bool:
         troubles.append(run.course.trouble)
-        model.full = 1001 < model.now < 1010
+        model.full = full if 1001 < model.now < 1010 else False
         for job in model.open:
             model.end(job)
         return False
 
     answers = [answer for some in run.lists(around) for answer in some]
     assert len(answers) == 6
-    model.full = False
+    assert any("Redis" in trouble and "full" in trouble for trouble in troubles)
+    assert troubles[-1] == ""
     assert max(model.asked.values()) == 1
 
 
