@@ -133,10 +133,12 @@ class Intake:
         tokens = [secrets.token_hex(8) for _ in entries]
         keys, lease = self._client.keys, self._client.settings.lease
         wanted = [calls.claim(keys, each.job_id, token, lease) for each, token in zip(entries, tokens, strict=True)]
+        # Before the claim: to parse many large specs takes seconds, in which nobody would renew the leases.
+        specs = await self._insist(lambda: self._specs([entry.job_id for entry in entries]))
         claims = await self._insist(lambda: self._claim(wanted))
-        held = [each for each in zip(entries, tokens, claims, strict=True) if each[2].outcome == "claimed"]
-        specs = await self._insist(lambda: self._specs([entry.job_id for entry, _, _ in held]))
-        for (entry, token, claim), spec in zip(held, specs, strict=True):
+        for entry, token, claim, spec in zip(entries, tokens, claims, specs, strict=True):
+            if claim.outcome != "claimed":
+                continue
             self._free -= 1
             self._clerk.started(entry)
             self._begin(entry, spec, token, claim)
@@ -192,8 +194,6 @@ class Intake:
         return claims
 
     async def _specs(self, job_ids: Sequence[str]) -> list[Spec | SpecError]:
-        if not job_ids:
-            return []
         try:
             bodies = await self._client.redis.mget([self._client.keys.spec(job_id) for job_id in job_ids])
         except redis.exceptions.RedisError as error:

@@ -51,6 +51,8 @@ class Sweeper:
                 self._healthy_since = None
 
     async def _due(self) -> list[str]:
+        # A script that may write: a replica or a disk in trouble still answers reads while no holder can renew.
+        await self._client.run(calls.sweep(self._client.keys, self._client.settings.lease, (), {}))
         pipe = self._client.redis.pipeline(transaction=False)
         pipe.time()
         pipe.zrange(self._client.keys.open, 0, BATCH - 1, withscores=True)
@@ -64,8 +66,9 @@ class Sweeper:
     async def _sweep(self, due: list[str]) -> None:
         keys, lease = self._client.keys, self._client.settings.lease
         oldest = {lane: await self._oldest(lane) for lane in LANES}
-        for job_id, lane, why in await self._client.run(calls.sweep(keys, lease, due, oldest)):
-            await self._client.run(calls.redeliver(keys, job_id, lane))
+        found = await self._client.run(calls.sweep(keys, lease, due, oldest))
+        await self._client.run_many([calls.redeliver(keys, job_id, lane) for job_id, lane, _ in found])
+        for job_id, lane, why in found:
             log.info("sweep.delivered_again", job=job_id, lane=lane, because=why)
 
     async def _oldest(self, lane: str) -> int | None:

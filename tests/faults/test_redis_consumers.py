@@ -23,7 +23,7 @@ from tests.tally import TALLY
 from tests.upstream import Chunk as Part
 from tests.upstream import Finish, Script, Text, WaitFor, answer
 from tests.valkey import Valkey
-from tests.worker_process import environment
+from tests.worker_process import environment, wait_until
 from tests.world import World
 
 UNREAD: Final = 60 * 1024 * 1024
@@ -41,19 +41,23 @@ def test_a_consumer_with_60_mb_unread_is_cut_off_and_ends_with_the_whole_log(
     prompt = "more than anybody reads"
     count = UNREAD // PIECE
     parts = [Part(f"{number:08}" * (PIECE // 8)) for number in range(count)]
-    world.upstream.on(Script(Part("first"), WaitFor("stopped"), *parts, Finish()), prompt=prompt)
+    live = (WaitFor("subscribed"), Part("live"), WaitFor("stopped"))
+    world.upstream.on(Script(Part("first"), *live, *parts, Finish()), prompt=prompt)
     world.worker()
     job_id = world.submit(prompt)
     goes_on = threading.Event()
 
     def stand_still(event: Event) -> None:
-        if event.seq == 2:
+        if event.seq == 3:
             assert goes_on.wait(60)
 
     makers: list[Callable[[], Client | AsyncClient]] = [world.make_client, lambda: AsyncClient(settings=world.settings)]
     consumers = [Consumer(make, [job_id], on_event=stand_still) for make in makers]
+    channel = world.keys.chunks(job_id)
+    wait_until(lambda: world.redis.pubsub_numsub(channel)[0][1] == len(consumers), "both are subscribed")
+    world.upstream.open_gate("subscribed")
     for consumer in consumers:
-        consumer.wait_for(2)
+        consumer.wait_for(3)
     before = world.redis.info("stats")["client_output_buffer_limit_disconnections"]
     world.upstream.open_gate("stopped")
     world.wait_for_status(job_id, "completed", within=60)
@@ -117,7 +121,9 @@ def test_every_kind_of_consumer_outlives_lost_subscriptions(
     The worker's connection is left alone. The library's `follow` and `follow_many`, blocking and asyncio, the command
     line and the docs' example end with the whole log.
     """
-    seconds = 20.0 if soak else 3.0
+    if cuts == "reset" and not soak:
+        pytest.skip("in the long round")
+    seconds = 10.0 if soak else 3.0
     with Proxy(valkey_url) as proxy:
         world, near = make_world(valkey_url), make_world(proxy.url)
         for number in range(5):
@@ -143,7 +149,7 @@ def test_every_kind_of_consumer_outlives_lost_subscriptions(
                 world.check(job_id, [events[job_id] for events in seen if job_id in events])
             log = lines(list(world.client.follow(jobs[0])))
             for first, follower in zip(firsts, followers, strict=True):
-                said = [{**json.loads(line), "at": 0} for line in (first + follower.rest()).splitlines()]
+                said = [{**json.loads(line), "at": 0} for line in (first + follower.rest()).strip().split("\n")]
                 assert said == log
     TALLY.trials += cut
     experiment.note(f"{cut} connections of consumers {cuts} in {seconds:g} s: all {len(consumers) + 2} saw everything")
@@ -154,7 +160,7 @@ def test_a_publisher_that_is_cut_off_again_and_again_doubles_nothing(
     make_world: Callable[..., World], valkey_url: str, soak: bool, experiment: Experiment
 ) -> None:
     """All of the worker's connections are reset five times a second; its consumers' are left alone."""
-    seconds = 20.0 if soak else 3.0
+    seconds = 10.0 if soak else 3.0
     with Proxy(valkey_url) as proxy:
         world, near = make_world(valkey_url), make_world(proxy.url)
         prompts = [f"cut publisher {number}" for number in range(10)]

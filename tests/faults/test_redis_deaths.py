@@ -61,7 +61,7 @@ def test_what_was_accepted_outlives_a_server_that_syncs_always(
     world = make_world(server.url)
     workers = [world.worker(), world.worker()]
     accepted = unanswered = 0
-    for number in range(10 if soak else 1):
+    for number in range(7 if soak else 1):
         TALLY.trials += 1
         crowd = Crowd(world, f"always {seed} {number}", JOBS)
         consumer = Consumer(world.make_client, crowd.jobs)
@@ -100,7 +100,7 @@ def test_what_a_server_that_syncs_every_second_lost_is_said(
     world = make_world(server.url)
     workers = [world.worker(), world.worker()]
     loss = Loss()
-    for number in range(10 if soak else 1):
+    for number in range(7 if soak else 1):
         TALLY.trials += 1
         crowd = Crowd(world, f"everysec {seed} {number}", JOBS)
         watchers = [Watcher(world.make_client, job_id) for job_id in crowd.jobs]
@@ -209,7 +209,7 @@ def test_what_a_slow_disk_lost_is_said(
     world = make_world(server.url, MILLSTREAM_STREAMS="15")
     workers = [world.worker(), world.worker()]
     loss = Loss()
-    for number in range(5 if soak else 1):
+    for number in range(4 if soak else 1):
         TALLY.trials += 1
         # Two crowds, so that the server loses of some jobs everything, of others the claim, or the tail, or the end.
         early = Crowd(world, f"slow disk {number}, early", 40, chunks=130)

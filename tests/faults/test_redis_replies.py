@@ -17,7 +17,7 @@ from tests.contract.consumers import Consumer
 from tests.faults.crowd import Crowd, Submitter
 from tests.faults.report import Experiment
 from tests.tally import TALLY
-from tests.valkey import Valkey
+from tests.valkey import Valkey, free_port
 from tests.worker_process import wait_until
 from tests.world import World
 
@@ -182,7 +182,7 @@ def test_a_server_that_cannot_save_is_named(make_world: Callable[..., World], tm
 @pytest.mark.experiment(29)
 def test_a_cluster_is_named(make_world: Callable[..., World]) -> None:
     """Cluster mode is not what Millstream runs on, and a client says so."""
-    with a_server("--cluster-enabled", "yes") as server:
+    with a_server("--cluster-enabled", "yes", "--cluster-port", str(free_port())) as server:
         world = make_world(server.url)
         with pytest.raises(RedisUnavailable, match="cluster mode"):
             world.submit("refused")

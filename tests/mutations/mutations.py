@@ -6,17 +6,19 @@ Nothing is written to a file. Each is undone when its context ends.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
+import msgspec
+
 from millstream import calls, scripts
+from millstream.events import compact_text
 from millstream.reading import Following
 from worker.outbox import Outbox
 from worker.sweeper import Sweeper
 from worker.writer import Writer
-
-Mutation = Callable[[], Any]
 
 
 @contextmanager
@@ -45,7 +47,7 @@ async def _nothing(*_: Any) -> None:
 
 
 def _merging(self: Writer, frames: Sequence[calls.Frame]) -> Any:
-    """As `Writer._send`, but that a call which is made again takes along what has come meanwhile."""
+    """As `Writer._send`, but that the last text of a call which is made again grows by what has come meanwhile."""
     run = self._run
     tries = 0
 
@@ -54,11 +56,12 @@ def _merging(self: Writer, frames: Sequence[calls.Frame]) -> Any:
         tries += 1
         for outbox in self._outboxes if tries > 1 else ():
             frame = outbox._frame
-            if frame is not None and any(frame is each for each in frames) and outbox.waiting:
+            if frame is not None and frame.events and frame.ending is None and any(frame is each for each in frames):
                 outbox._close_text()
-                frame.events = [*frame.events, *outbox._waiting]
-                frame.ending = outbox._ending
-                outbox._waiting.clear()
+                frame.events = list(frame.events)
+                while outbox._waiting and (grown := _grown(frame.events[-1], outbox._waiting[0])):
+                    frame.events[-1] = grown
+                    outbox._waiting.popleft()
         return await run(calls.append(self._keys, self._lease, frames))
 
     async def send() -> Any:
@@ -71,26 +74,56 @@ def _merging(self: Writer, frames: Sequence[calls.Frame]) -> Any:
 _SEND = Writer._send
 
 
+def _grown(event: bytes, more: bytes) -> bytes | None:
+    """Two texts as one event; None where one of them is something else."""
+    (n, text), (m, rest) = _text(event), _text(more)
+    return compact_text(text + rest, 0, n + m) if n and m else None
+
+
+def _text(event: bytes) -> tuple[int, str]:
+    item = msgspec.json.decode(event)
+    return (1, item) if isinstance(item, str) else (item[1], item[2]) if isinstance(item, list) else (0, "")
+
+
 def _forgetful(self: Outbox, frame: Any, seq: int) -> None:
     """As `Outbox._go_back`, but that what was acknowledged and lost is not sent again."""
     self.seq = seq
     self._waiting.extendleft(reversed(frame.events))
 
 
-MUTATIONS: dict[str, Mutation] = {
-    "the fence": lambda: script("append", ("if s[1] ~= holder then", "if not s[1] then")),
-    "the check for duplicates": lambda: script(
-        "append",
-        ("if last <= seq then", "if count == 0 then"),
-        ("local start, stop = from + seq + 1 - first, from + count - 1", "local start, stop = from, from + count - 1"),
+@dataclass(frozen=True)
+class Mutation:
+    """What is missing, how it is taken out, and the kinds of actions that call for it (None: any; []: calm weather)."""
+
+    missing: str
+    apply: Callable[[], AbstractContextManager[Any]]
+    only: Sequence[str] | None = None
+
+
+MUTATIONS = (
+    Mutation("the fence", lambda: script("append", ("if s[1] ~= holder then", "if not s[1] then")), ["stop"]),
+    Mutation(
+        "the check for duplicates",
+        lambda: script(
+            "append",
+            ("if last <= seq then", "if count == 0 then"),
+            ("local start, stop = from + seq + 1 - first,", "local start, stop = from,"),
+        ),
     ),
-    "reading after subscribing": lambda: patch.object(Following, "reconnected", lambda *_: None),
-    "the sweep": lambda: patch.object(Sweeper, "_sweep", _nothing),
-    "busy": lambda: script("claim", ("if left > 0 then", "if false then")),
-    "the frozen frame": lambda: patch.object(Writer, "_send", _merging),
-    "closed, for a cancel": lambda: script("cancel", ("if CLOSED[s[1]] then", "if false then")),
-    "closed, for a claim": lambda: script("claim", ("if CLOSED[status] then", "if false then")),
-    "the heartbeat's renewal": lambda: script("append", ("if kind ~= 'end' and", "if kind ~= 'end' and count > 0 and")),
-    "sending again what was lost": lambda: patch.object(Outbox, "_go_back", _forgetful),
-}
-"""By the name of what is missing."""
+    Mutation("reading after subscribing", lambda: patch.object(Following, "reconnected", lambda *_: None), []),
+    Mutation("the sweep", lambda: patch.object(Sweeper, "_sweep", _nothing), ["kill"]),
+    Mutation("busy", lambda: script("claim", ("if left > 0 then", "if false then")), ["deliver again"]),
+    Mutation("the frozen frame", lambda: patch.object(Writer, "_send", _merging)),
+    Mutation("closed, for a cancel", lambda: script("cancel", ("if CLOSED[s[1]] then", "if false then")), []),
+    Mutation(
+        "closed, for a claim",
+        lambda: script("claim", ("if CLOSED[status] then", "if false then")),
+        ["deliver again"],
+    ),
+    Mutation(
+        "the heartbeat's renewal",
+        lambda: script("append", ("if kind ~= 'end' and", "if kind ~= 'end' and count > 0 and")),
+        [],
+    ),
+    Mutation("sending again what was lost", lambda: patch.object(Outbox, "_go_back", _forgetful), ["lose the tail"]),
+)

@@ -54,6 +54,7 @@ def _noting(schedule: Schedule, what: str, check: Callable[[], object]) -> None:
 
 
 def _check_job(schedule: Schedule, job_id: str) -> None:
+    assert job_id in schedule.people.accepted, f"{job_id}: never accepted"
     if not schedule.client.redis.exists(schedule.keys.state(job_id)):
         _check_missing(schedule, job_id)
         return
@@ -75,7 +76,7 @@ def _check_job(schedule: Schedule, job_id: str) -> None:
 
 
 def _check_missing(schedule: Schedule, job_id: str) -> None:
-    if job_id not in schedule.people.accepted or job_id in schedule.fate.forgotten:
+    if job_id in schedule.fate.forgotten:
         return
     lost = schedule.fate.before_loss is not None and schedule.fate.lost_since <= schedule.people.accepted[job_id]
     assert lost, f"{job_id}: accepted at {schedule.people.accepted[job_id]:.3f}, and gone"
@@ -124,6 +125,8 @@ def _check_consumers(schedule: Schedule, job_id: str, log: Sequence[AnyEvent]) -
     may_be_gone = schedule.fate.before_loss is not None or job_id in schedule.fate.forgotten
     for heard in (each for each in schedule.people.heard if each.job_id == job_id):
         seen = timeless(heard.events)
+        if heard.resumed and schedule.fate.before_loss is not None:
+            continue
         if not heard.lost and not _saw_the_lost_end(schedule, heard):
             check_consumers([seen], truth)
             _check_promptness(schedule, heard)
@@ -138,10 +141,11 @@ def _check_consumers(schedule: Schedule, job_id: str, log: Sequence[AnyEvent]) -
 
 
 def _check_promptness(schedule: Schedule, heard: Heard) -> None:
-    if schedule.weather.clear and heard.steady and heard.ended:
-        at = int(schedule.client.redis.hget(schedule.keys.state(heard.job_id), "ended")) / 1000 - EPOCH
-        late = heard.ended - max(at, heard.began)
-        assert late < PROMPT, f"{heard.who} learned {late:.3f} s late that {heard.job_id} had ended"
+    if not (schedule.weather.clear and heard.steady):
+        return
+    for event, came in zip(heard.events, heard.times, strict=True):
+        late = came - max(event.at - EPOCH, heard.began)
+        assert late < PROMPT, f"{heard.who} of {heard.job_id} got event {event.seq} {late:.3f} s late"
 
 
 def _saw_the_lost_end(schedule: Schedule, heard: Heard) -> bool:

@@ -28,10 +28,13 @@ class Heard:
     job_id: str
     steady: bool = False
     """Whether it stays connected as long as it can."""
+    resumed: bool = False
+    """Whether it went on from a bare number, by which nobody can tell that the log below it was written anew."""
     events: list[Event] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    """When each of them came."""
     done: bool = False
     began: float = 0.0
-    ended: float = 0.0
     lost: str = ""
     """How it was told that data are gone."""
 
@@ -109,17 +112,19 @@ class People:
         return True
 
     async def _listen(self, client: AsyncClient, heard: Heard, every: int) -> None:
+        heard.resumed = heard.resumed or bool(heard.events)
         after, count = heard.events[-1].seq if heard.events else 0, 0
         async with aclosing(client.follow(heard.job_id, after)) as events:
             async for event in events:
                 self._hear(heard, event)
                 if (count := count + 1) == every:
                     return
-        heard.done, heard.ended = True, self.loop.time()
+        heard.done = True
 
     def _hear(self, heard: Heard, event: Event) -> None:
         self.note(heard.who, "hears", heard.job_id, event.seq, event.type)
         heard.events.append(event)
+        heard.times.append(self.loop.time())
 
     def _end(self, heard: Heard, error: MillstreamError) -> None:
         self.note(heard.who, repr(error))

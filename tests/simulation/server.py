@@ -58,12 +58,18 @@ class _Lua:
         self.runtime = LUA_MODULE.LuaRuntime(encoding=None, unpack_returned_tuples=True)
         self.caller: Peer | None = None
         self._compiled: dict[bytes, Any] = {}
-        setup = self.runtime.eval("function(call) redis = {call = call} end")
-        setup(self._call)
+        setup = self.runtime.eval("function(call, pcall) redis = {call = call, pcall = pcall} end")
+        setup(self._call, self._pcall)
 
     def _call(self, op: bytes, *args: Any) -> Any:
         assert self.caller is not None
         return self.caller.call_from_script(op, args)
+
+    def _pcall(self, op: bytes, *args: Any) -> Any:
+        try:
+            return self._call(op, *args)
+        except SimpleError as error:
+            return self.runtime.table_from({b"err": error.value.encode()})
 
     def function(self, script: bytes) -> Any:
         found = self._compiled.get(script)
@@ -189,7 +195,9 @@ class Peer(FakeSocket):
     def call_from_script(self, op: bytes, args: tuple[Any, ...]) -> Any:
         known = _DECODED.get(op)
         if known is None:
-            sig = SUPPORTED_COMMANDS[op.decode().lower()]
+            sig = SUPPORTED_COMMANDS.get(op.decode().lower())
+            if sig is None:
+                raise SimpleError(msgs.WRONG_ARGS_MSG7)
             known = _DECODED[op] = (sig.func_name, sig)
         wanted = [each if type(each) is bytes else b"%.17g" % each for each in args]
         result = self._run_command(getattr(self, known[0]), known[1], wanted, True)

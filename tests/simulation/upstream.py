@@ -93,6 +93,7 @@ class ScriptedUpstream(GuardedUpstream):
     def __init__(self, settings: UpstreamSettings, *, connections: int, connect_timeout: float) -> None:
         self.settings = settings
         self.name = settings.name
+        self._key = ""
         self.guard = Guard(asyncio.get_running_loop().time, enabled=settings.breaker)
 
     async def close(self) -> None:

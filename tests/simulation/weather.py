@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,10 +94,11 @@ class Weather:
         return not self.faults.any and not self.kinds & CONSUMERS_WAIT
 
 
-def forecast(seed: int) -> Weather:
-    """The plan of this seed."""
+def forecast(seed: int, only: Sequence[str] | None = None) -> Weather:
+    """The plan of this seed. With `only`, these kinds of actions alone, and more of them; without any of them, calm
+    weather on a slow network, with readers that come late and stay."""
     rng = random.Random(seed)
-    likes = {kind for kind in ACTIONS if rng.random() < 0.35}
+    likes = [kind for kind in ACTIONS if rng.random() < 0.35] if only is None else only
     until = rng.uniform(3, 10)
     weather = Weather(
         seed=seed,
@@ -106,7 +108,7 @@ def forecast(seed: int) -> Weather:
         grace=rng.choice((0.0, 0.5, 2.0)),
         dialect=rng.choice(("", "vllm", "mistral")),
         until=until,
-        faults=_network(rng),
+        faults=_network(rng) if only != [] else Faults(latency=0.05),
         temper=_upstream(rng),
         jobs=[_job(rng, f"j{number}", until) for number in range(rng.choice((1, 2, 3, 4)))],
         readers=[],
@@ -114,13 +116,13 @@ def forecast(seed: int) -> Weather:
     )
     for job in weather.jobs:
         for _ in range(rng.choice((1, 1, 2))):
-            delay = rng.choice((0, 0, rng.uniform(0, until)))
-            weather.readers.append(Reader(job.job_id, delay, rng.choice((0, 0, 3, 7))))
+            delay, every = rng.choice((0, 0, rng.uniform(0, until))), rng.choice((0, 0, 3, 7))
+            if only == []:
+                delay, every = job.at + rng.uniform(0, 3), 0
+            weather.readers.append(Reader(job.job_id, delay, every))
     if likes:
-        chosen = sorted(likes)
-        weather.actions = sorted(
-            (rng.uniform(0.2, until), rng.choice(chosen), rng.random()) for _ in range(rng.randrange(7))
-        )
+        count = rng.randrange(7) if only is None else rng.randint(2, 4)
+        weather.actions = sorted((rng.uniform(0.2, until), rng.choice(likes), rng.random()) for _ in range(count))
     return weather
 
 

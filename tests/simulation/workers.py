@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
@@ -75,6 +76,16 @@ class Desk(StreamWorker):
 NOTHING: Any = SimpleNamespace(connection_pool=SimpleNamespace(connection_kwargs={}))
 
 
+class NoPulse:
+    """Nothing keeps a virtual loop busy, and there are no threads to notice it."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    async def run(self) -> None:
+        await asyncio.Event().wait()
+
+
 class InOrder(dict[Any, None]):
     """A set in the order of its members' coming: a seed must mean the same in every process."""
 
@@ -91,6 +102,7 @@ def product_on(model: Model, token_hex: Callable[[int], str]) -> Any:
     tokens = SimpleNamespace(token_hex=token_hex)
     with ExitStack() as stack:
         stack.enter_context(patch.object(worker.process, "GuardedUpstream", ScriptedUpstream))
+        stack.enter_context(patch.object(worker.process, "Pulse", NoPulse))
         stack.enter_context(patch("worker.intake.secrets", tokens))
         # redis-py parses its own package's metadata for every connection: a third of a schedule's time.
         stack.enter_context(patch("redis.utils.get_lib_version", lambda: "8"))

@@ -7,6 +7,9 @@ from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
+from millstream.calls import Call
+from millstream.errors import RedisUnavailable
+from millstream.keys import Keys
 from worker.sweeper import Sweeper
 
 LEASE = 0.2
@@ -46,3 +49,49 @@ async def test_a_look_that_outlasted_an_outage_begins_the_lease_anew() -> None:
     with suppress(asyncio.CancelledError):
         await task
     assert sweeper.swept_at - sweeper.back_at >= LEASE
+
+
+class Replica:
+    """Answers reads, with a job that is due, and refuses what may write until promoted; notes the first sweep."""
+
+    def __init__(self) -> None:
+        self.settings = SimpleNamespace(lease=LEASE)
+        self.keys = Keys()
+        self.redis: Any = self
+        self.promoted_at = 0.0
+        self.swept_at: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+
+    async def run(self, call: Call[Any]) -> list[Any]:
+        now = asyncio.get_running_loop().time()
+        if not self.promoted_at:
+            raise RedisUnavailable("Redis is a replica now")
+        if self.keys.state("j") in call.keys and not self.swept_at.done():
+            self.swept_at.set_result(now)
+        return []
+
+    def pipeline(self, *, transaction: bool) -> Replica:
+        return self
+
+    def time(self) -> None: ...
+
+    def zrange(self, *_args: Any, **_options: Any) -> None: ...
+
+    async def execute(self) -> list[Any]:
+        return [(2, 0), [(b"j", 1.0)]]
+
+    async def lindex(self, _key: str, _index: int) -> None:
+        return None
+
+
+async def test_reads_alone_are_no_unbroken_connection() -> None:
+    """A demoted server answers them while no holder can renew: the lease begins when it takes writes."""
+    replica = Replica()
+    client: Any = replica
+    task = asyncio.create_task(Sweeper(client).run())
+    await asyncio.sleep(2 * LEASE)  # an outage, not a wait for something
+    replica.promoted_at = asyncio.get_running_loop().time()
+    swept_at = await replica.swept_at
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+    assert swept_at - replica.promoted_at >= LEASE
