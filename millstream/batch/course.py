@@ -120,6 +120,7 @@ class Course:
         self._dry = False
         self._idle = False  # the source has nothing just now
         self._cursor = ""
+        self._full = ""  # why rows were refused at the last try
         self._submit_at = self._handed_at = 0.0
 
     def stop(self) -> None:
@@ -141,7 +142,7 @@ class Course:
             yield from self._take()
             try:
                 yield from self._round()
-                self.trouble = self.trouble if self._clock() < self._submit_at else ""
+                self.trouble = self._full
             except RedisUnavailable as error:
                 if not passes(error):
                     raise
@@ -191,11 +192,13 @@ class Course:
         for job_id, reply in zip(drops, replies, strict=False):
             self._checked(reply)
             self.window.dropped(job_id)
+        if rows:
+            self._full = ""
         for row, reply in zip(rows, replies[len(drops) :], strict=True):
             oom = isinstance(reply, OutOfMemoryError)
             outcome, status = ("full", self._words(reply)) if oom else self._checked(reply)
             if outcome == "full":
-                self.trouble, self._submit_at = status, now + FULL
+                self._full, self._submit_at = status, now + FULL
                 continue  # running jobs still end, and what is kept is dropped: there will be room again
             self.window.accepted(row.job_id, outcome, status, now)
 
