@@ -14,7 +14,7 @@ installed := $(venv)/.installed
 rooms := $(wildcard millstream worker producer gateway local bench tests)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo up test check format bench bench-quick soak lock image clean right-python
+.PHONY: help install demo up test check format bench bench-quick bench-batch soak lock image clean right-python
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "make %-12s %s\n", $$1, $$2 }'
@@ -46,6 +46,9 @@ bench: install ## the naive baseline and Millstream side by side, with the curve
 
 bench-quick: install ## the ratios for 50 and 200 streams, under a minute
 	$(python) -m bench --quick $(ARGS)
+
+bench-batch: install ## 100,000 rows from file to file beside one asyncio process
+	$(python) -m bench.batch $(ARGS)
 
 soak: install ## the long rounds of the fault suite and of the simulation
 	$(python) -m pytest $(wildcard tests/faults) tests/simulation tests/mutations --soak $(ARGS)

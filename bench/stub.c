@@ -11,6 +11,7 @@
  *   phase    1 = the first chunk waits a random part of a period, so that streams do not march in step; 0 = at once
  *   hold     1 = sends the headers and the role, then waits for GET /go
  *   linger   1 = stays open after the last chunk until GET /finish
+ *   whole    1 = no stream: the whole answer as one chat.completion, at once
  * The content is the moment the chunk was made: CLOCK_MONOTONIC in units of 10 us, modulo 62^4 (147.7 s), as four
  * base-62 digits, repeated to fill the content. It is the clock of Python's time.monotonic_ns(), so any process of
  * this machine that sees the text can tell how old it is, however many chunks were merged on the way.
@@ -63,7 +64,7 @@ typedef struct conn {
     link_t timer;               /* first member: a link of the wheel is its connection */
     int fd, want_write;
     state_t state;
-    long rate, chunks, content, phase, hold, linger;
+    long rate, chunks, content, phase, hold, linger, whole;
     long sent;                  /* content chunks of this stream */
     uint64_t due_us, asked_us;  /* of the next chunk; when the request was complete */
     size_t in_len, out_len, out_off, out_cap;
@@ -374,6 +375,23 @@ static void answer_stats(conn_t *c) {
     answer(c, "200 OK", json);
 }
 
+static void answer_whole(conn_t *c) {
+    static char json[EVENT_MAX];
+    char head[128];
+    int length = (int)(c->chunks * c->content);
+    int n = snprintf(json, sizeof json,
+        "{\"id\":\"chatcmpl-stub%08d%012llu\",\"object\":\"chat.completion\",\"created\":1732264000,"
+        "\"model\":\"stub-2026-11\",\"choices\":[{\"index\":0,\"message\":{\"role\":\"assistant\",\"content\":\"%0*d\","
+        "\"refusal\":null},\"logprobs\":null,\"finish_reason\":\"stop\"}],\"usage\":{\"prompt_tokens\":8,"
+        "\"completion_tokens\":%ld,\"total_tokens\":%ld}}",
+        c->fd, (unsigned long long)now_us() % 1000000000000ull, length, 0, c->chunks, c->chunks + 8);
+    append(c, head, (size_t)snprintf(head, sizeof head,
+        "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n", n));
+    append(c, json, (size_t)n);
+    stats.requests++;
+    stats.finished++;
+}
+
 static long number(const char *fields, const char *end, const char *name, long otherwise) {
     const char *at = memmem(fields, (size_t)(end - fields), name, strlen(name));
     return at ? strtol(at + strlen(name), NULL, 10) : otherwise;
@@ -392,6 +410,8 @@ static int read_shape(conn_t *c, const char *body, size_t n) {
     c->phase = number(from, to, "phase=", 1);
     c->hold = number(from, to, "hold=", 0);
     c->linger = number(from, to, "linger=", 0);
+    c->whole = number(from, to, "whole=", 0);
+    if (c->whole && c->chunks * c->content > EVENT_MAX - 1024) return 0;
     return c->rate >= 0 && c->rate <= 1000000 && c->chunks >= 0 && c->content >= STAMP && c->content % STAMP == 0
         && c->content <= EVENT_MAX - 1024;
 }
@@ -455,7 +475,9 @@ static void read_requests(conn_t *c) {
         else answer(c, "404 Not Found", "{\"error\":{\"message\":\"not a request of this stub\",\"code\":\"not_found\"}}");
         c->in_len -= head + body;
         memmove(c->in, c->in + head + body, c->in_len);
-        if (stream) {
+        if (stream && c->whole) {
+            answer_whole(c);
+        } else if (stream) {
             begin_stream(c);
             return;
         }

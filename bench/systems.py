@@ -38,7 +38,7 @@ class System(Protocol):
         """All its processes now."""
 
 
-def _environment(world: World) -> dict[str, str]:
+def environment(world: World) -> dict[str, str]:
     path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
     return {"REDIS_URL": world.valkey.url, "PYTHONPATH": path, **world.stub.environment()}
 
@@ -69,7 +69,7 @@ class Product:
 
     def spawn(self, world: World, streams: int, *more: str) -> subprocess.Popen[str]:
         argv = [sys.executable, "-m", "worker", "--streams", str(streams), *more]
-        return world.processes.start("worker", argv, env={**_environment(world), **self._settings})
+        return world.processes.start("worker", argv, env={**environment(world), **self._settings})
 
     def submit(self, model: str) -> str:
         return str(self.client.submit("Write a quicksort", model=model).id)
@@ -104,7 +104,7 @@ class Naive:
 
     def spawn(self, world: World, *more: str) -> subprocess.Popen[str]:
         argv = [sys.executable, "-m", "rq.cli", "worker", "--url", world.valkey.url, "--quiet", *more, "naive"]
-        return world.processes.start("rq", argv, env=_environment(world))
+        return world.processes.start("rq", argv, env=environment(world))
 
     def submit(self, model: str) -> str:
         self._jobs += 1
@@ -128,7 +128,7 @@ class Floor:
 
     def spawn(self, world: World, streams: int) -> subprocess.Popen[str]:
         argv = [sys.executable, "-m", "bench.floor", str(streams)]
-        process = world.processes.start("floor", argv, env=_environment(world), talk=True)
+        process = world.processes.start("floor", argv, env=environment(world), talk=True)
         assert process.stdout is not None
         if not process.stdout.readline():
             process.wait(timeout=5)

@@ -13,6 +13,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .batch.answer import Answer
 from .errors import (
     JobCancelled,
     JobError,
@@ -41,10 +42,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "AsyncClient", "Cancelled", "Chunk", "Client", "Completed", "Ended", "Event", "Failed", "Gauge", "Incomplete",
-    "Job", "JobCancelled", "JobError", "JobExists", "JobExpired", "JobFailed", "JobNotFound", "LogRewound",
-    "MillstreamError", "RedisUnavailable", "Result", "ResultTimeout", "Resumed", "Retrying", "Settings",
-    "SettingsError", "SpecError", "Started", "Status", "Transcript",
+    "Answer", "AsyncClient", "Cancelled", "Chunk", "Client", "Completed", "Ended", "Event", "Failed", "Gauge",
+    "Incomplete", "Job", "JobCancelled", "JobError", "JobExists", "JobExpired", "JobFailed", "JobNotFound",
+    "LogRewound", "MillstreamError", "RedisUnavailable", "Result", "ResultTimeout", "Resumed", "Retrying",
+    "Settings", "SettingsError", "SpecError", "Started", "Status", "Transcript",
 ]  # fmt: skip
 
 if not TYPE_CHECKING:  # a type checker sees the imports above, and so still knows which names there are

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from types import TracebackType
 from typing import Any, Self
@@ -15,14 +14,20 @@ from redis.asyncio.client import PubSub
 from redis.exceptions import NoScriptError
 
 from . import calls, job, meters, reading, status
+from .batch.answer import Answer
+from .batch.course import FEED, WINDOW, Course, Hand, Listen, Pipe, Sleep, Take
+from .batch.row import Reader
+from .batch.source import AsyncObjects
+from .batch.source import AsyncSource as Source
+from .batch.source import GivenAsyncRows as GivenRows
 from .calls import Call, T
 from .errors import JobNotFound, RedisUnavailable
 from .events import Event
+from .face import Face
 from .meters import Gauge
 from .reading import LISTEN, OUTAGE, RECONNECT, Following, Reading
-from .redis_door import COMMAND_TIMEOUT, connect_async, translated
+from .redis_door import COMMAND_TIMEOUT, PIPELINE, connect_async, translated
 from .result import Ended, Job, Narrator, OnContent, OnRestart, Result, outcome, raise_for_end
-from .settings import Settings
 from .status import Status
 from .transcript import Transcript
 
@@ -30,33 +35,12 @@ log = logging.getLogger("millstream")
 """Says once per outage that a follower waits; with no handler set, Python shows it on stderr."""
 
 
-class AsyncClient:
+class AsyncClient(Face):
     """Submit jobs, follow them, read their results. One client serves many tasks of one loop; close it when done."""
 
-    def __init__(
-        self,
-        redis_url: str | None = None,
-        *,
-        settings: Settings | None = None,
-        connection: redis.asyncio.Redis | None = None,
-        clock: Callable[[], float] = time.monotonic,
-        script_header: bool = True,
-    ) -> None:
-        """Use `redis_url`, else the settings' (whose default is redis://127.0.0.1:6379/0).
-
-        `connection`, `clock` and `script_header` are for tests: see `millstream.testing`.
-        """
-        self.settings = settings or (Settings(redis_url=redis_url) if redis_url else Settings())
-        self.keys = self.settings.keys
-        self._url = redis_url or self.settings.redis_url
-        self.redis: Any = connection if connection is not None else connect_async(self._url)
-        self._clock = clock
-        self._header = script_header
-
-    @classmethod
-    def from_env(cls, **options: Any) -> Self:
-        """A client with the settings of the environment."""
-        return cls(settings=Settings.from_env(), **options)
+    @staticmethod
+    def _connect(url: str) -> Any:
+        return connect_async(url)
 
     async def __aenter__(self) -> Self:
         return self
@@ -85,24 +69,16 @@ class AsyncClient:
         `asked`: `model`, what a job may ask for (`lane, timeout, max_attempts, expires, retention, on_break, metadata`;
         times in seconds) and OpenAI parameters. Raises SpecError, JobExists (known id, other spec), RedisUnavailable.
         """
-        spec = job.build(prompt, messages=messages, **self._with_model(asked))
-        job_id = job.new_id() if id is None else job.check_id(id)
-        return Job(id=job_id, created=await self.run(calls.submit(self.keys, self.settings, job_id, spec)))
+        job_id, call = self._submission({**asked, "prompt": prompt, "messages": messages, "id": id})
+        return Job(id=job_id, created=await self.run(call))
 
     async def submit_many(self, requests: Iterable[Mapping[str, Any]]) -> Sequence[Job]:
-        """Accept many jobs in one round trip; each request holds the arguments of `submit`.
+        """Accept many jobs in few round trips; each request holds the arguments of `submit`.
 
         All are checked before the first is sent. Raises what `submit` raises; a retry with the same ids doubles none.
         """
-        ids, wanted = [], []
-        for request in requests:
-            asked = self._with_model(request)
-            given = asked.pop("id", None)
-            ids.append(job.new_id() if given is None else job.check_id(given))
-            wanted.append(calls.submit(self.keys, self.settings, ids[-1], job.build(**asked)))
-        return [
-            Job(id=job_id, created=created) for job_id, created in zip(ids, await self.run_many(wanted), strict=True)
-        ]
+        ids, wanted = self._submissions(requests)
+        return [Job(id=job_id, created=new) for job_id, new in zip(ids, await self.run_many(wanted), strict=True)]
 
     async def cancel(self, job_id: str) -> str:
         """End a job in whatever state; returns the status it has now: the first terminal event wins."""
@@ -111,6 +87,56 @@ class AsyncClient:
     async def forget(self, job_id: str) -> None:
         """Let Redis drop an ended job in a minute; who still reads it can finish."""
         await self.run(calls.forget(self.keys, job.check_id(job_id)))
+
+    # A batch -----------------------------------------------------------------------------------------------------
+
+    async def batch(
+        self, rows: GivenRows, *, window: int = WINDOW, lane: str = "batch", batch_id: str | None = None
+    ) -> AsyncGenerator[Answer]:
+        """Ask many rows, each in the format of the OpenAI Batch API; yield each Answer as its row ends, in any order.
+
+        `rows` is read lazily, so that at most `window` jobs are open. A row that cannot be asked is an Answer too. What
+        was yielded is dropped from Redis when you come back for more. Given the same `batch_id`, the same rows are the
+        same jobs: those that were open or not yet yielded are picked up again. Raises RedisUnavailable at its
+        beginning; later outages are waited out.
+        """
+        reader = Reader(batch_id or job.new_id(), lane=lane)
+        source = AsyncObjects(rows, reader)
+        async with aclosing(source), aclosing(self.run_batch(self.course(window), source)) as lists:
+            async for answers in lists:
+                for answer in answers:
+                    yield answer
+
+    async def run_batch(self, course: Course, source: Source) -> AsyncGenerator[list[Answer]]:
+        """Answers as they come, in lists; an empty list at least every second. Coming back for more says: kept."""
+        steps = course.steps()
+        reply: Any = None
+        while True:
+            try:
+                ask = steps.throw(reply) if isinstance(reply, RedisUnavailable) else steps.send(reply)
+            except StopIteration:
+                return
+            reply = None
+            if isinstance(ask, Hand):
+                yield ask.answers
+            elif isinstance(ask, Take):
+                reply = await source.take(ask.most)
+            elif isinstance(ask, Sleep):
+                await asyncio.sleep(ask.seconds)
+            else:
+                reply = await self._reply(ask)
+
+    async def _reply(self, ask: Pipe | Listen) -> Any:
+        try:
+            with translated(self._url):
+                if isinstance(ask, Pipe):
+                    pipe = self.redis.pipeline(transaction=False)
+                    ask.fill(pipe)
+                    return await pipe.execute(raise_on_error=False)
+                found = await self.redis.xread({ask.key: ask.cursor}, count=FEED, block=ask.milliseconds)
+                return found[0][1] if found else []
+        except RedisUnavailable as error:
+            return error
 
     # Looking -----------------------------------------------------------------------------------------------------
 
@@ -216,8 +242,13 @@ class AsyncClient:
         return call.decode(reply)
 
     async def run_many(self, wanted: Sequence[Call[T]]) -> Sequence[T]:
-        if not wanted:
-            return []
+        """Run calls in pipelines of PIPELINE; raises what the first of them raises that fails."""
+        values: list[T] = []
+        for start in range(0, len(wanted), PIPELINE):
+            values += await self._run_some(wanted[start : start + PIPELINE])
+        return values
+
+    async def _run_some(self, wanted: Sequence[Call[T]]) -> Sequence[T]:
         with translated(self._url):
             replies = await self._ask_many(wanted)
             if any(isinstance(reply, NoScriptError) for reply in replies):
@@ -228,10 +259,6 @@ class AsyncClient:
                 if isinstance(reply, Exception):
                     raise reply
         return [call.decode(reply) for call, reply in zip(wanted, replies, strict=True)]
-
-    def _with_model(self, asked: Mapping[str, Any]) -> dict[str, Any]:
-        named = asked.get("model") is not None
-        return {**asked, "model": asked["model"] if named else self.settings.model}
 
     async def _ask_many(self, wanted: Sequence[Call[Any]]) -> Sequence[Any]:
         pipe = self.redis.pipeline(transaction=False)

@@ -58,7 +58,24 @@ def patience_ms(lease: float) -> int:
 
 def submit(keys: Keys, settings: Settings, job_id: str, spec: Spec) -> Call[bool]:
     """Accept a job and deliver it. The call's value is whether the job is new."""
-    body = spec.encode()
+    call = accept(keys, settings, job_id, spec, spec.encode())
+
+    def decode(reply: Sequence[bytes]) -> bool:
+        outcome, words = call.decode(reply)
+        if outcome == "conflict":
+            raise JobExists(job_id)
+        if outcome == "full":
+            raise RedisUnavailable(words)
+        return outcome == "created"
+
+    return Call(call.script, call.keys, call.args, decode)
+
+
+def accept(keys: Keys, settings: Settings, job_id: str, spec: Spec, body: bytes) -> Call[tuple[str, str]]:
+    """As `submit`, with `body` as the encoded spec.
+
+    The value is (`created`, `exists` or `conflict`, the status), or (`full`, why).
+    """
     delivery = deliver(keys, job_id, spec.lane)
     retention = settings.retention if spec.retention is None else spec.retention
     args = [
@@ -67,19 +84,21 @@ def submit(keys: Keys, settings: Settings, job_id: str, spec: Spec) -> Call[bool
         delivery.queue_key, delivery.rq_id, *delivery.flat_fields,
     ]  # fmt: skip
     names = [keys.spec(job_id), keys.state(job_id), keys.open, delivery.queue_key, QUEUES_KEY, delivery.job_key]
+    return Call("submit", names, args, _decode_accept)
 
-    def decode(reply: Sequence[bytes]) -> bool:
-        if reply[0] == b"conflict":
-            raise JobExists(job_id)
-        if reply[0] == b"full":
-            raise RedisUnavailable(
-                f"Redis is full: {int(reply[1]):,} bytes of its maxmemory of {int(reply[2]):,} are used, and the last "
-                "tenth is kept for the jobs it has; nothing was accepted: wait for ended jobs to expire, "
-                "or give it more memory"
-            )
-        return reply[0] == b"created"
 
-    return Call("submit", names, args, decode)
+def _decode_accept(reply: Sequence[bytes]) -> tuple[str, str]:
+    if reply[0] == b"full":
+        return "full", (
+            f"Redis is full: {int(reply[1]):,} bytes of its maxmemory of {int(reply[2]):,} are used, and the last "
+            "tenth is kept for the jobs it has; nothing was accepted: wait for ended jobs to expire, "
+            "or give it more memory"
+        )
+    return _decode_words(reply)
+
+
+def _decode_words(reply: Sequence[bytes]) -> tuple[str, str]:
+    return reply[0].decode(), (reply[1] or b"").decode() if len(reply) > 1 else ""
 
 
 def redeliver(keys: Keys, job_id: str, lane: str) -> Call[bool]:
@@ -100,6 +119,11 @@ def cancel(keys: Keys, job_id: str) -> Call[str]:
     return Call("cancel", _ending_keys(keys, job_id), [job_id], decode)
 
 
+def withdraw(keys: Keys, job_id: str) -> Call[tuple[str, str]]:
+    """As `cancel`, for a job that may not be there: (`cancelled`, `closed` or `unknown`, the status it had)."""
+    return Call("cancel", _ending_keys(keys, job_id), [job_id], _decode_words)
+
+
 def forget(keys: Keys, job_id: str) -> Call[None]:
     """Let Redis drop an ended job in a minute."""
 
@@ -111,7 +135,12 @@ def forget(keys: Keys, job_id: str) -> Call[None]:
                 f"job {job_id!r} is {reply[1].decode()}; only an ended job can be forgotten: cancel it first"
             )
 
-    return Call("forget", [keys.state(job_id), keys.log(job_id), keys.spec(job_id)], [FORGET_MS], decode)
+    return Call("forget", list(keys.forgotten(job_id)), [FORGET_MS, FORGET_MS], decode)
+
+
+def drop(keys: Keys, job_id: str) -> Call[tuple[str, str]]:
+    """Let Redis drop an ended job now, or in a minute where somebody follows it. No error if it is gone."""
+    return Call("forget", list(keys.forgotten(job_id)), [FORGET_MS, 0], _decode_words)
 
 
 @dataclass(frozen=True, slots=True)

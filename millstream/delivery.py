@@ -18,12 +18,14 @@ from rq.serializers import JSONSerializer
 from rq.utils import now
 
 from .job import FUNCTION, ID_PATTERN
-from .keys import Keys
+from .keys import LANES, Keys
 
 NONCE_LENGTH: Final = 8
 RESULT_TTL: Final = 60
 """Seconds RQ keeps a delivery's hash after its end; the truth is in the log."""
 FAILURE_TTL: Final = 3600
+BULK: Final = LANES[1]
+"""The lane of whose jobs RQ keeps nothing after their end but its counters."""
 QUEUES_KEY: Final = Queue.redis_queues_keys
 
 

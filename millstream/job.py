@@ -51,7 +51,7 @@ class Spec(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown
     def encode(self) -> bytes:
         """The canonical JSON. Raises SpecError for text no JSON can carry, or a spec over MAX_SPEC_BYTES."""
         try:
-            _refuse_foreign([self.messages, self.params])
+            refuse_foreign([self.messages, self.params])
             body = _encoder.encode(self)
         except (UnicodeEncodeError, TypeError, ValueError, RecursionError) as error:
             raise SpecError(
@@ -174,16 +174,16 @@ def _check_range(name: str, value: float | None, low: float, high: float) -> Non
         raise SpecError(f"{name}: found {_shown(value)}, expected {low:g} to {high:g}")
 
 
-def _refuse_foreign(value: Any) -> None:
+def refuse_foreign(value: Any) -> None:
     """Raise ValueError for what the encoder would turn into something else: NaN into null, bytes into base64."""
     if isinstance(value, list | tuple):
         for each in value:
-            _refuse_foreign(each)
+            refuse_foreign(each)
     elif isinstance(value, dict):
         for name, each in value.items():
             if not isinstance(name, str | int):
                 raise TypeError(f"found a name that is {type(name).__name__}")
-            _refuse_foreign(each)
+            refuse_foreign(each)
     elif isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"found {value}")
     elif value is not None and not isinstance(value, str | int | float):

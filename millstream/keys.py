@@ -57,6 +57,10 @@ class Keys:
         """What an append touches: the state and the log."""
         return self.state(job_id), self.log(job_id)
 
+    def forgotten(self, job_id: str) -> tuple[str, str, str]:
+        """What a forget touches: the state, the log and the spec."""
+        return self.state(job_id), self.log(job_id), self.spec(job_id)
+
     def chunks(self, job_id: str) -> str:
         return f"{self.prefix}:{{{job_id}}}:chunks"
 

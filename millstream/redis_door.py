@@ -26,6 +26,9 @@ RETRIES: Final = 6
 COMMAND_TIMEOUT: Final = 5.0
 """Seconds a command may take. Our longest script call is 256 KB; a server that needs more is in trouble."""
 
+PIPELINE: Final = 500
+"""Calls in one pipeline: what is buffered on both sides stays small, and the reply comes within COMMAND_TIMEOUT."""
+
 TRANSIENT: Final = (RedisConnectionError, RedisTimeoutError)
 """What passes by itself: a restart, a failover, a dropped connection, and what the server says meanwhile."""
 
@@ -54,6 +57,9 @@ def _asks_again(parser: Any) -> Any:
 
 _PARSER: Final = _asks_again(redis.connection.DefaultParser)
 _ASYNC_PARSER: Final = _asks_again(redis.asyncio.connection.DefaultParser)
+
+PASSING: Final = ("MISCONF", "TRYAGAIN")
+"""How a server's other refusals begin that pass when its disk has come round."""
 
 
 def connect(url: str, **options: Any) -> redis.Redis:
@@ -127,10 +133,21 @@ def translated(url: str) -> Iterator[None]:
     try:
         yield
     except redis.exceptions.RedisError as error:
-        raise RedisUnavailable(_words(error, place(url))) from error
+        raise RedisUnavailable(words(error, url)) from error
 
 
-def _words(error: redis.exceptions.RedisError, where: str) -> str:
+def passes(error: RedisUnavailable) -> bool:
+    """Whether waiting may mend it: Redis is away, loading, full, or busy; not a wrong password or a missing right."""
+    cause = error.__cause__
+    if isinstance(cause, redis.exceptions.AuthenticationError | redis.exceptions.NoPermissionError):
+        return False
+    known = isinstance(cause, (*TRANSIENT, redis.exceptions.OutOfMemoryError))
+    return known or (isinstance(cause, redis.exceptions.RedisError) and _code(cause) in PASSING)
+
+
+def words(error: redis.exceptions.RedisError, url: str) -> str:
+    """An error of redis-py in words for people."""
+    where = place(url)
     text = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
     if isinstance(error, redis.exceptions.AuthenticationError) or "NOAUTH" in text or "WRONGPASS" in text:
         return f"Redis at {where} refused the password; check REDIS_URL (redis://:PASSWORD@host:port/0)"
@@ -141,7 +158,7 @@ def _words(error: redis.exceptions.RedisError, where: str) -> str:
         )
     if isinstance(error, redis.exceptions.NoPermissionError):
         return f"Redis at {where} does not allow this user what is needed ({text}); check its ACL"
-    code = text.split(" ", 1)[0] if error.status_code is None else error.status_code
+    code = _code(error)
     if code in _IN_A_MOMENT:
         return f"Redis at {where} {_IN_A_MOMENT[code]}; try again in a moment"
     if code == "MISCONF":
@@ -151,6 +168,11 @@ def _words(error: redis.exceptions.RedisError, where: str) -> str:
     if isinstance(error, RedisConnectionError | RedisTimeoutError):
         return f"Redis at {where} cannot be reached ({text}); start it (make up starts one) or set REDIS_URL"
     return f"Redis at {where} refused: {text}"
+
+
+def _code(error: redis.exceptions.RedisError) -> str:
+    """The word an error reply begins with, which redis-py leaves out of some messages."""
+    return str(error).split(" ", 1)[0] if error.status_code is None else str(error.status_code)
 
 
 def split_pairs(reply: Sequence[bytes]) -> dict[bytes, bytes]:

@@ -25,6 +25,7 @@ COMMANDS: Final = {
     "cancel": ("answers", "cancel"),
     "forget": ("answers", "forget"),
     "limits": ("limits", "run"),
+    "batch": ("batch", "run"),
 }
 """Where each command is: a module of this room and a function in it. Imported when called, for a fast `--help`."""
 

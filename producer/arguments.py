@@ -48,6 +48,9 @@ def build(prog: str) -> Parser:
     _list(command("list", "list open jobs, then ended ones with the newest first"))
     _one_id(command("forget", "let Redis drop an ended job in a minute"))
     _limits(command("limits", "print what is in use of each limit, who waits for it and until when"))
+    _batch(
+        command("batch", "ask every row of a file, at most a window of them at once; again, it does what is missing")
+    )
     return parser
 
 
@@ -107,6 +110,26 @@ def _list(parser: Parser) -> None:
 
 def _limits(parser: Parser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
+
+
+def _batch(parser: Parser) -> None:
+    parser.add_argument(
+        "input", metavar="IN.jsonl", help="rows as for the OpenAI Batch API: custom_id, method, url, body; - is stdin"
+    )
+    parser.add_argument("--out", metavar="OUT.jsonl", help="where the answers go; OUT.jsonl.batch is kept beside it")
+    parser.add_argument(
+        "--window", metavar="N", type=_limit, default=1000, help="jobs open at once at most (default 1000)"
+    )
+    parser.add_argument("--lane", metavar="L", choices=LANES, default=LANES[1], help=f"default {LANES[1]}")
+    parser.add_argument("--cancel", action="store_true", help="end what is open; rows without an answer become errors")
+    parser.add_argument("--retry-failed", action="store_true", help="ask rows again whose line is an error")
+    parser.add_argument("--dry-run", action="store_true", help="validate every row, estimate tokens, submit nothing")
+    parser.add_argument("--limit", metavar="N", type=_limit, help="only the first N rows of the input")
+    parser.add_argument("--sample", metavar="N", type=_limit, help="only N rows, drawn at random; again, the same ones")
+    parser.add_argument("--prices", metavar="FILE", help="TOML: money per million tokens, by model (docs/batch.md)")
+    parser.add_argument(
+        "--json", action="store_true", help="progress as JSON lines, as it is when stderr is no terminal"
+    )
 
 
 def _one_id(parser: Parser) -> None:

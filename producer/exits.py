@@ -24,14 +24,14 @@ BEST_FIRST: Final = (DONE, INCOMPLETE, CANCELLED, FAILED)
 """Of several jobs the last of these speaks: nothing usable is worse than a part, and nobody wanted `failed`."""
 
 MEANINGS: Final = (
-    (DONE, "completed; for status, cancel, list and forget: done"),
-    (FAILED, "failed"),
+    (DONE, "completed; batch: every row answered; for status, cancel, list and forget: done"),
+    (FAILED, "failed; batch: some row is an error line"),
     (USAGE, "wrong usage, a setting or job that cannot be, or no such job"),
     (INCOMPLETE, "incomplete: the model stopped early (length, content_filter)"),
     (CANCELLED, "cancelled"),
     (NO_REDIS, "Redis cannot be reached, or refuses"),
     (TIMEOUT, "--timeout of result ran out; the job goes on"),
-    (INTERRUPTED, "Ctrl-C: nobody follows any more; the job goes on"),
+    (INTERRUPTED, "Ctrl-C: nobody follows any more; the job goes on. batch: rows are missing; run it again"),
     (CLOSED_PIPE, "whoever read the output has closed it"),
 )
 

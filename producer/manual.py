@@ -21,6 +21,7 @@ def _examples(prog: str) -> str:
   {prog} follow "$id" --json --after 7      # one event a line, from seq 8 on
   {prog} result "$id" --timeout 60 --json   # the whole answer as an OpenAI chat.completion
   {prog} list --state failed
+  {prog} batch prompts.jsonl --out answers.jsonl --dry-run; then without --dry-run; after a crash the same again
   {prog} submit --follow -- "- a prompt that begins with a dash" """.rstrip()
 
 

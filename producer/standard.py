@@ -60,8 +60,13 @@ class Standard:
     def say(self, text: str) -> None:
         """Write one line to stderr, whoever reads it. A stderr that is closed is no reason to stop."""
         line = printable(" ".join(text.split()))
-        if len(line) > LONGEST_LINE:
-            line = line[:LONGEST_LINE] + " ..."
+        self._to_stderr(line if len(line) <= LONGEST_LINE else line[:LONGEST_LINE] + " ...")
+
+    def say_json(self, value: Any) -> None:
+        """Write one line of JSON to stderr."""
+        self._to_stderr(_inert(msgspec.json.encode(value).decode()))
+
+    def _to_stderr(self, line: str) -> None:
         try:
             self.stderr.write(line + "\n")
             self.stderr.flush()

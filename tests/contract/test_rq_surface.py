@@ -182,15 +182,17 @@ def worker(connection: redis.Redis) -> Iterator[StreamWorker]:
     made.teardown()  # type: ignore[no-untyped-call]
 
 
-def take(worker: StreamWorker, connection: redis.Redis, job_id: str = "job") -> Entry:
+def take(
+    worker: StreamWorker, connection: redis.Redis, job_id: str = "job", lane: str = "interactive"
+) -> Entry:  # fmt: skip
     """An entry as intake has it: taken into the intermediate list, read and checked."""
-    delivery = deliver(Settings().keys, job_id, "interactive")
+    delivery = deliver(Settings().keys, job_id, lane)
     mapping: Any = delivery.fields
     connection.hset(delivery.job_key, mapping=mapping)
     connection.sadd(QUEUES_KEY, delivery.queue_key)
     connection.rpush(f"{delivery.queue_key}:intermediate", delivery.rq_id)
     fields: Any = connection.hgetall(delivery.job_key)
-    return worker.read(0, delivery.rq_id, fields)
+    return worker.read(["interactive", "batch"].index(lane), delivery.rq_id, fields)
 
 
 def left(connection: redis.Redis, rq_id: str, worker_name: str) -> dict[str, tuple[object, bool]]:
@@ -232,6 +234,21 @@ def test_we_leave_what_rqs_own_worker_leaves(connection: redis.Redis, valkey: Va
         assert ours[name] == (shape, expires), name
     job = Job.fetch(entry.rq_job.id, connection=connection, serializer=JSONSerializer)
     assert (job.get_status(), job.return_value()) == ("finished", "completed")
+
+
+@pytest.mark.parametrize(("status", "counters"), [("completed", (1, 0)), ("failed", (0, 1))])
+def test_of_a_batch_rq_keeps_the_counters_alone(
+    worker: StreamWorker, connection: redis.Redis, status: str, counters: tuple[int, int]
+) -> None:
+    """A million rows would fill its registries; no key of the job stays."""
+    entry = take(worker, connection, lane="batch")
+    worker.book([entry], [])
+    worker.book([], [(entry, status)])
+    assert list(connection.scan_iter(f"rq:*{entry.job_id}*")) == []
+    assert connection.keys("rq:finished:*") + connection.keys("rq:failed:*") + connection.keys("rq:wip:*") == []
+    worker.refresh()  # type: ignore[no-untyped-call]
+    assert (worker.successful_job_count, worker.failed_job_count) == counters
+    assert worker.get_state() == "idle"
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,16 @@ def test_an_answer_is_an_openai_stream_from_role_to_done(stub: Stub) -> None:
     assert done == "[DONE]"
 
 
+def test_an_answer_can_come_whole(stub: Stub) -> None:
+    """For clients that do not stream: one chat.completion, and the connection stays."""
+    for length in (1, 5, 2000):
+        response = ask(stub, f"stub:chunks={length},whole=1")
+        found = json.loads(response.read())
+        assert found["object"] == "chat.completion"
+        assert len(found["choices"][0]["message"]["content"]) == 4 * length
+        assert found["usage"]["completion_tokens"] == length
+
+
 def test_a_chunk_has_the_size_of_a_real_one(stub: Stub) -> None:
     """250 to 350 bytes around 4 characters, or CPU figures mean nothing."""
     raw = ask(stub, "stub:rate=0,chunks=20").read().decode()
