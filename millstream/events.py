@@ -53,7 +53,7 @@ class Started(Event, frozen=True, kw_only=True, tag="started"):
 
 
 class Chunk(Event, frozen=True, kw_only=True, tag="chunk"):
-    """A piece of choice `index`; `n` upstream chunks were merged into it.
+    """A piece of choice `index`; `n` upstream chunks were merged into it; 0 for `logprobs`, whose content came before.
 
     `delta` holds one thing the upstream sent: `content`, `reasoning`, `refusal` (text), `tool_calls` (a list), or
     another that docs/wire.md names.

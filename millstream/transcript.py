@@ -53,6 +53,7 @@ class _Choice:
     function_call: dict[str, Any] | None = None
     lists: dict[str, list[Any]] = field(default_factory=dict)
     audio: dict[str, Any] = field(default_factory=dict)
+    likely: dict[str, list[Any]] = field(default_factory=dict)
 
     def add(self, delta: dict[str, Any]) -> None:
         for name in ("content", "reasoning", "refusal"):
@@ -61,6 +62,10 @@ class _Choice:
         for name in ("reasoning_details", "annotations"):
             if isinstance(pieces := delta.get(name), list):
                 self.lists.setdefault(name, []).extend(pieces)
+        if isinstance(found := delta.get("logprobs"), dict):
+            for name in ("content", "refusal"):
+                if isinstance(tokens := found.get(name), list):
+                    self.likely.setdefault(name, []).extend(tokens)
         if isinstance(audio := delta.get("audio"), dict):
             _join(self.audio, audio, ("data", "transcript"))
         if isinstance(function := delta.get("function_call"), dict):
@@ -98,6 +103,10 @@ class _Choice:
         if self.audio:
             message["audio"] = self.audio
         return message | self.lists
+
+    def logprobs(self) -> dict[str, Any] | None:
+        """Of all tokens; None where the upstream sent none."""
+        return {name: self.likely.get(name) for name in ("content", "refusal")} if self.likely else None
 
 
 @dataclass(slots=True)
@@ -139,9 +148,10 @@ class Transcript:
             "created": int(self.started_at),
             "model": self.model,
             "choices": [
-                {"index": i, "message": self._choices[i].message() if i in self._choices else _Choice().message(),
-                 "logprobs": None, "finish_reason": reasons.get(i)}
+                {"index": i, "message": choice.message(), "logprobs": choice.logprobs(),
+                 "finish_reason": reasons.get(i)}
                 for i in sorted({*self._choices, *reasons})
+                for choice in [self._choices.get(i) or _Choice()]
             ],
             "usage": self.end.usage if self.end else None,
         }  # fmt: skip

@@ -29,7 +29,7 @@ from .limiter import Grant, Limiter
 from .outbox import Outbox
 from .retries import ANNOUNCED, WAITING_ROOM, HandBack
 from .turns import Turns
-from .upstream import Answer, Counts, Finish, Part, Piece, UpstreamFailure, Verdict, continuation
+from .upstream import Answer, Counts, Finish, Logprobs, Part, Piece, UpstreamFailure, Usage, Verdict, continuation
 from .writer import Writer
 
 log = structlog.get_logger()
@@ -325,6 +325,8 @@ class Attempt:
                 if self._partial is not None:
                     self._partial.add(part.index, part.text, part.delta)
                     self._tokens += 1
+            elif isinstance(part, Logprobs):  # n counts the chunk they came in, and its content did
+                self._put(compact("chunk", index=part.index, n=0, delta={"logprobs": part.lists}))
             else:
                 answer.take(part)
                 ended = ended or isinstance(part, Finish)
@@ -349,7 +351,7 @@ class Attempt:
             if isinstance(part, Finish) and (rest := echo.rest()):
                 found.append(Piece(0, rest))
             found.append(part)
-        if not seam.written and any(isinstance(part, Piece | Finish) for part in found):
+        if not seam.written and not all(isinstance(part, Usage) for part in found):
             seam.written = True
             self._put(compact("resumed"))
             self._log.info("job.resumed", upstream=self._upstream.name if self._upstream else "", tokens=seam.tokens)

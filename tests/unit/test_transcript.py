@@ -159,6 +159,16 @@ def test_a_completion_is_what_the_openai_api_answers() -> None:
     }  # fmt: skip
 
 
+def test_logprobs_are_joined_by_choice() -> None:
+    """As the OpenAI API gives them with the whole answer; null where there were none."""
+    story = begun().content("Hi").delta(logprobs={"content": [{"token": "H"}]})
+    story.delta(logprobs={"content": [{"token": "i"}], "refusal": "x"}).delta(logprobs=[5])
+    completion = story.add(Completed, finish_reasons={0: "stop", 1: "stop"}).read().completion("j1")
+    assert [each["logprobs"] for each in completion["choices"]] == [
+        {"content": [{"token": "H"}, {"token": "i"}], "refusal": None}, None,
+    ]  # fmt: skip
+
+
 def test_a_choice_that_was_cut_off_has_no_finish_reason() -> None:
     """An answer that failed or was cancelled shows its partial text as such."""
     completion = begun().content("Hi").add(Cancelled).read().completion("j1")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.upstream import Answer, Finish, Piece, UpstreamFailure, Usage
+from worker.upstream import Answer, Finish, Logprobs, Piece, UpstreamFailure, Usage
 from worker.upstream.chunks import Chunks, Part
 
 
@@ -42,6 +42,29 @@ CARRIED: dict[str, tuple[bytes, list[Part]]] = {
         [Usage({"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3})],
     ),
     "usage null": (chunk(choice(content="a"), usage=None), [Piece(0, "a")]),
+    "logprobs": (
+        chunk({**choice(content="a"), "logprobs": {"content": [{"token": "a"}], "refusal": None}}),
+        [Piece(0, "a"), Logprobs(0, {"content": [{"token": "a"}]})],
+    ),
+    "logprobs alone, with the end": (
+        chunk({**choice(finish="stop"), "logprobs": {"refusal": [{"token": "a"}], "content": []}}),
+        [Logprobs(0, {"refusal": [{"token": "a"}]}), Finish(0, "stop")],
+    ),
+    "logprobs with half a character": (
+        b'{"choices":[{"delta":{"content":"a"},"logprobs":{"content":[{"token":"\\ud83d"}]}}]}',
+        [Piece(0, "a"), Logprobs(0, {"content": [{"token": "\ufffd"}]})],
+    ),
+    "logprobs of an answer in one piece": (
+        b'{"choices":[{"message":{"content":"a"},"logprobs":{"content":[{"token":"a"}]}}]}',
+        [Piece(0, "a"), Logprobs(0, {"content": [{"token": "a"}]})],
+    ),
+    **{
+        f"logprobs that are {shown}": (
+            b'{"choices":[{"delta":{"content":"a"},"logprobs":' + shown.encode() + b"}]}",
+            [Piece(0, "a")],
+        )
+        for shown in ("null", "{}", "5", '{"content":[]}', '{"content":null}', '{"content":"x"}', '{"tokens":["a"]}')
+    },
     "no choices": (chunk(), []),
     "choices null": (b'{"choices":null}', []),
     "delta null": (b'{"choices":[{"index":0,"delta":null}]}', []),

@@ -8,7 +8,15 @@ from typing import cast
 import pytest
 
 from worker.upstream import connection
-from worker.upstream.connection import MAX_HEAD, MAX_HELD, BrokenError, Connection, Response, StaleError
+from worker.upstream.connection import (
+    MAX_HEAD,
+    MAX_HELD,
+    SURELY_SENT,
+    BrokenError,
+    Connection,
+    Response,
+    StaleError,
+)
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 PLAIN = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n"
@@ -316,6 +324,40 @@ async def test_an_answer_before_the_request_was_sent_ends_the_connection(desk: D
     desk.wire.unsent = 100_000
     desk.feed(b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\nno")
     assert (desk.read().text, desk.response.status, desk.wire.aborted, desk.idle) == (b"no", 413, True, [])
+
+
+async def test_a_refusal_of_a_large_request_ends_the_connection(desk: Desk) -> None:
+    """Under TLS, and in the system's buffers, nobody sees what is unsent: who refuses may never read the rest."""
+    desk.feed(PLAIN + b"hello")
+    desk.response = desk.connection.ask(b"x" * (SURELY_SENT + 1))
+    desk.feed(b"HTTP/1.1 429 Too Many Requests\r\nContent-Length: 2\r\n\r\nno")
+    assert (desk.read().text, desk.wire.aborted, desk.idle) == (b"no", True, [desk.connection])
+
+
+async def test_an_orderly_end_is_told_at_once(desk: Desk) -> None:
+    """Not after the request was sent wholly, to somebody who reads no more, nor as the error that this ends with."""
+    desk.wire.unsent = 100_000
+    desk.feed(b"HTTP/1.1 413 Too Large\r\n\r\nno")
+    reader = desk.read()
+    desk.connection.eof_received()
+    assert (reader.text, reader.ended, reader.error, desk.wire.aborted) == (b"no", True, None, True)
+
+
+async def test_an_orderly_end_of_an_idle_connection_makes_the_next_request_stale(desk: Desk) -> None:
+    """Even if sending to it fails afterwards."""
+    desk.feed(PLAIN + b"hello")
+    desk.ask()
+    desk.connection.eof_received()
+    desk.connection.connection_lost(BrokenPipeError())
+    assert isinstance(await desk.failure(), StaleError)
+
+
+async def test_a_connection_that_nobody_waits_for_any_more_is_closed_when_it_is_made() -> None:
+    """Who waited was cancelled meanwhile."""
+    wire, connected = Wire(), Connection(lambda _: None, lambda _: None)
+    connected.wanted = False
+    connected.connection_made(cast("asyncio.Transport", wire))
+    assert wire.aborted
 
 
 # Pausing, finishing, leaving ------------------------------------------------------------------------------------------

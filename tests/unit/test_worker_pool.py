@@ -6,10 +6,11 @@ import asyncio
 import socket
 import ssl
 import subprocess
-from collections.abc import AsyncIterator, Callable, Coroutine
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx2
 import pytest
@@ -301,6 +302,115 @@ def test_tls_trusts_the_systems_certificates_and_those_of_the_environment(
     pool._trust.cache_clear()
     play(trusted())
     pool._trust.cache_clear()
+
+
+@pytest.fixture
+def tls(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ssl.SSLContext]:
+    """A server's side of TLS that the pool trusts."""
+    own = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    own.load_cert_chain(certificate)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    pool._trust.cache_clear()
+    yield own
+    pool._trust.cache_clear()
+
+
+def test_an_idle_connection_closed_under_tls_is_asked_again_afresh(play: Play, tls: ssl.SSLContext) -> None:
+    """The loop's own good-bye fails on a closed socket; that is no reset by the other end."""
+
+    async def story() -> None:
+        async with serving(OK, None, OK, tls=tls) as (server, connected, origin):
+            assert await text(connected, origin) == b"hello"
+            assert await text(connected, origin) == b"hello"
+            assert (len(server.requests), server.connections) == (3, 2)
+
+    play(story())
+
+
+@pytest.mark.parametrize("size", [10, 8_000_000])
+@pytest.mark.parametrize("secure", [False, True], ids=["plain", "tls"])
+def test_what_was_closed_while_the_loop_was_busy_is_asked_again_afresh(
+    play: Play, tls: ssl.SSLContext, size: int, *, secure: bool
+) -> None:
+    """The request is written before the end is seen, and what of it is unsent then fails: still nobody has read it."""
+    closed, done = threading.Event(), threading.Event()
+
+    def serve(listening: socket.socket) -> None:
+        for turn in range(2):
+            try:
+                sock, _ = listening.accept()
+            except TimeoutError:
+                return
+            with tls.wrap_socket(sock, server_side=True) if secure else sock as plain:
+                plain.recv(100)
+                plain.sendall(OK)
+                done.wait(10 * turn)
+                if secure and not turn:
+                    plain.settimeout(0)
+                    with suppress(ssl.SSLError, OSError):
+                        cast("ssl.SSLSocket", plain).unwrap()
+            closed.set()
+
+    async def story() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            listening.settimeout(5)
+            thread = threading.Thread(target=serve, args=[listening])
+            thread.start()
+            connected = Pool(4, 5.0)
+            origin = Origin(secure, "127.0.0.1", listening.getsockname()[1])
+            try:
+                response = await connected.ask(origin, REQUEST)
+                assert await response.read(1000, 5.0) == b"hello"
+                closed.wait(5)  # in the loop's own thread: it sees nothing
+                async with asyncio.timeout(10):
+                    response = await connected.ask(origin, REQUEST + b"x" * size)
+                assert response.status == 200
+            finally:
+                done.set()
+                connected.close()
+                thread.join()
+
+    play(story())
+
+
+def test_who_is_cancelled_at_any_moment_of_a_handshake_leaves_no_socket(play: Play, tls: ssl.SSLContext) -> None:
+    """Nor a number that the next socket has and the loop takes for this one's."""
+
+    async def story() -> None:
+        listening = await asyncio.get_running_loop().create_server(asyncio.Protocol, "127.0.0.1", 0, ssl=tls)
+        async with listening:
+            connected, origin = Pool(300, 5.0), Origin(True, *listening.sockets[0].getsockname())
+            for moment in range(60):
+                asking = asyncio.create_task(text(connected, origin))
+                for _ in range(moment % 20):
+                    await asyncio.sleep(0)
+                asking.cancel()
+                await asyncio.wait([asking])
+                assert asking.cancelled()
+            await until(lambda: not connected._open)
+
+    play(story())
+
+
+def test_a_connection_lost_before_it_was_used_is_not_counted(play: Play) -> None:
+    """Else a server that closes every connection would fill the pool with what is none."""
+
+    async def story() -> None:
+        async with serving(OK) as (_, connected, origin):
+            real = connected._open_socket
+
+            async def lost(origin: Origin) -> Any:
+                found = await real(origin)
+                found.abort()
+                return found
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(connected, "_open_socket", lost)
+                with pytest.raises(BrokenError):
+                    await text(connected, origin)
+            assert not connected._open
+
+    play(story())
 
 
 # The transport --------------------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ class _Choice(Struct):
     index: int = 0
     delta: _Delta | None = None
     message: Any = None
+    logprobs: Any = None
     finish_reason: str | None = None
 
 
@@ -58,6 +59,13 @@ class Piece(Struct, frozen=True, gc=False):
     delta: dict[str, Any] | None = None
 
 
+class Logprobs(Struct, frozen=True, gc=False):
+    """How likely the tokens of choice `index` were: lists by `content` and `refusal`, of the pieces before."""
+
+    index: int
+    lists: dict[str, list[Any]]
+
+
 class Finish(Struct, frozen=True, gc=False):
     """Choice `index` ended, in the upstream's own word."""
 
@@ -71,7 +79,7 @@ class Usage(Struct, frozen=True, gc=False):
     usage: dict[str, Any]
 
 
-Part = Piece | Finish | Usage
+Part = Piece | Logprobs | Finish | Usage
 
 
 class Chunks:
@@ -101,7 +109,7 @@ class Chunks:
             if (
                 delta is not None
                 and delta.content
-                and not choice.finish_reason
+                and not (choice.finish_reason or choice.logprobs)
                 and 0 <= choice.index <= MAX_CHOICE
                 and not (delta.reasoning or delta.reasoning_content or delta.refusal or delta.tool_calls)
                 and not (delta.function_call or delta.reasoning_details or delta.annotations or delta.audio)
@@ -128,6 +136,8 @@ class Chunks:
                 for piece in _others(index, delta):
                     self._told = True
                     yield piece
+            if choice.logprobs and not (streamed and choice.delta is None):  # beside a message they repeat, too
+                yield from _logprobs(index, choice.logprobs)
             if choice.finish_reason:  # some send "" on every chunk: that is none
                 yield from self._halves_of(index)
                 yield Finish(index, choice.finish_reason[:64])
@@ -170,6 +180,7 @@ class Chunks:
             delta = choice.delta
             choice.finish_reason = _whole(choice.finish_reason or "")
             choice.message = _whole_all(choice.message)
+            choice.logprobs = _whole_all(choice.logprobs)
             if delta is None:
                 continue
             for name in _TEXTS:
@@ -216,6 +227,16 @@ def _others(index: int, delta: _Delta) -> Iterator[Piece]:
         for name in _AS_SENT:
             if value := getattr(delta, name):
                 yield Piece(index, delta={name: value})
+
+
+def _logprobs(index: int, found: Any) -> Iterator[Logprobs]:
+    lists = {
+        name: tokens
+        for name in ("content", "refusal")
+        if isinstance(found, dict) and isinstance(tokens := found.get(name), list) and tokens
+    }
+    if lists:
+        yield Logprobs(index, lists)
 
 
 def _believed(usage: Any, size: int) -> dict[str, Any] | None:

@@ -24,7 +24,8 @@ from .transport import RawBodyTransport, body_of
 from .waits import retry_after
 from .whole import Whole
 
-_NOTHING_YET: Final = b"\xef\xbb\xbf\r\n\t "
+_BOM: Final = b"\xef\xbb\xbf"
+_NOTHING_YET: Final = _BOM + b"\r\n\t "
 
 
 class Upstream:
@@ -104,19 +105,18 @@ async def _opened(body: Response) -> Stream | Whole:
     if encoding not in ("", "identity"):
         raise UpstreamFailure("malformed_stream", f"the upstream sent {encoding[:20]!r} although none was asked for")
     kind = body.header(b"content-type").partition(";")[0].strip().lower()
-    if kind == "text/event-stream":
-        return Stream(body)
-    start = b""
+    start = bytearray()
     while not start.strip(_NOTHING_YET) and len(start) < MAX_EVENT and (packet := await _read(body)):
         start += packet
-    if begins_like_events(start):
-        return Stream(body, start)
-    if start.lstrip()[:1] in (b"{", b"["):
+    begin = bytes(start).removeprefix(_BOM).lstrip()[:1]
+    if begin not in (b"{", b"[") and (kind == "text/event-stream" or begins_like_events(bytes(start))):
+        return Stream(body, bytes(start))
+    if begin in (b"{", b"["):
         while packet := await _read(body):
             start += packet
             if len(start) > MAX_EVENT:
                 raise UpstreamFailure("event_too_large", "a JSON answer exceeds 4 MB", retryable=False)
-        return Whole(start)
+        return Whole(bytes(start).removeprefix(_BOM))
     words = plain(start[:1024].decode("utf-8", "replace"))
     found = f"found {kind[:60] or 'no content type'!r}, expected an event stream"
     raise UpstreamFailure("malformed_stream", f"{found}; it says: {words}" if words else found)

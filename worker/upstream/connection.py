@@ -30,6 +30,9 @@ MAX_HELD: Final = 64 * 1024
 DRAIN: Final = 1.0
 """Seconds to wait for the end of a body that nobody needs, so that its connection can be used again."""
 
+SURELY_SENT: Final = 64 * 1024
+"""Bytes of a request that a refusal does not leave behind, unread, in somebody's buffer: ours, TLS's, the system's."""
+
 
 class BrokenError(Exception):
     """The connection or what came over it ended the response early; the message says how."""
@@ -142,14 +145,14 @@ class Response:
 
     async def read(self, most: int, seconds: float) -> bytes:
         """The body, or what came of it within its first `most` bytes and so many seconds."""
-        found = b""
+        found = bytearray()
         try:
             async with asyncio.timeout(seconds):
                 while len(found) < most and (data := await self.next()):
                     found += data
         except (BrokenError, TimeoutError):
             pass
-        return found[:most]
+        return bytes(found[:most])
 
     def finish(self) -> None:
         """The rest is not needed. It is waited for a moment in silence, so that the connection can be used again."""
@@ -244,6 +247,8 @@ class Connection(asyncio.Protocol):
         """Responses that came whole."""
         self.draining = False
         """Whether it only waits for the end of a body."""
+        self.wanted = True
+        """Whether somebody waits for it to be made; if not, it is closed as soon as it is."""
         self._idle = idle
         self._lost = lost
         self._transport: asyncio.Transport
@@ -251,10 +256,12 @@ class Connection(asyncio.Protocol):
         self._parser: HttpResponseParser
         self._timer: asyncio.TimerHandle | None = None
         self._reading = True
+        self._size = 0  # of the request
 
     def ask(self, request: bytes) -> Response:
         """Send a request (head and body). Its response waits for `head()`."""
         response = self._response = Response(self)
+        self._size = len(request)
         self._parser = HttpResponseParser(response)
         # As tolerant as other clients of the parser are: of odd bytes in values, of LF alone, of padded chunk sizes.
         self._parser.set_dangerous_leniencies(
@@ -262,6 +269,7 @@ class Connection(asyncio.Protocol):
         )
         if self._transport.is_closing():
             self._fail(response, None)
+            self._lost(self)  # again, should it have been before the pool knew of it
         else:
             self._transport.write(request)
         return response
@@ -303,6 +311,8 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)  # uvloop's are of its own class
+        if not self.wanted:
+            self._transport.abort()
 
     def data_received(self, data: bytes) -> None:
         response = self._response
@@ -328,6 +338,12 @@ class Connection(asyncio.Protocol):
             elif response.quiet > MAX_HEAD:
                 self._break(response, MalformedError(f"{response.quiet:,} bytes came that are no body"))
 
+    def eof_received(self) -> None:
+        """The other end closes in order. It is told at once: the loop would first try to send what is unsent."""
+        if self._response is not None:
+            self._fail(self._response, None)
+        self.abort()
+
     def connection_lost(self, error: Exception | None) -> None:
         response = self._response
         if response is not None:
@@ -341,9 +357,11 @@ class Connection(asyncio.Protocol):
         self._response = None
         self._stop_timer()
         self.served += 1
-        # With bytes of the request still unsent the other end has answered without reading it all.
+        # The other end may have answered without reading it all, and would not read the next one either. How much is
+        # unsent, a transport says; but under TLS not what waits below it, and what the system holds nobody knows.
         unsent = self._transport.get_write_buffer_size() > 0
-        again = response.again and not (response.surplus or response.until_end or unsent)
+        unread = unsent or (self._size > SURELY_SENT and response.status >= 300)
+        again = response.again and not (response.surplus or response.until_end or unread)
         response.leave(None)
         if again and not self._transport.is_closing():
             self.draining = False

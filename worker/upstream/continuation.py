@@ -2,7 +2,7 @@
 
 The partial text goes back as the start of the assistant's message and the model writes on. What was shown is never
 rewritten, so exactly the shown text is sent, even where it ends within a word. Where an answer is more than one plain
-text (several choices, tools, reasoning), nobody can go on; then the attempt is begun anew.
+text (several choices, tools, reasoning, logprobs), nobody can go on; then the attempt is begun anew.
 
 | server | wants |
 |---|---|
@@ -31,7 +31,7 @@ _FIELDS: Final[Mapping[str, Mapping[str, Any]]] = {
 _MESSAGE: Final[Mapping[str, Mapping[str, Any]]] = {"deepseek": {"prefix": True}, "mistral": {"prefix": True}}
 _REPEATS: Final = frozenset({"mistral"})
 _LENGTHS: Final = ("max_tokens", "max_completion_tokens")
-_NOT_PLAIN: Final = ("tools", "functions", "modalities", "audio")
+_NOT_PLAIN: Final = ("tools", "functions", "modalities", "audio", "logprobs")
 
 
 def possible(spec: Spec, dialect: str) -> bool:

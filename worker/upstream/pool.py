@@ -126,14 +126,21 @@ class Pool:
         )
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            _, connection = await loop.create_connection(
-                lambda: Connection(lambda each: self._now_idle(origin, each), lambda each: self._lost(origin, each)),
-                sock=sock,
-                ssl=_trust() if origin.tls else None,
-                server_hostname=origin.host if origin.tls else None,
-            )
+            trust = _trust() if origin.tls else None
         except BaseException:
             sock.close()
+            raise
+        connection = Connection(lambda each: self._now_idle(origin, each), lambda each: self._lost(origin, each))
+        try:  # the socket is the loop's from here on, which closes it: its number may be another one's by now
+            await loop.create_connection(
+                lambda: connection,
+                sock=sock,
+                ssl=trust,
+                server_hostname=origin.host if origin.tls else None,
+                ssl_handshake_timeout=self._connect_timeout if origin.tls else None,
+            )
+        except BaseException:
+            connection.wanted = False  # asyncio forgets to close one whose handshake has not begun
             raise
         return connection
 
