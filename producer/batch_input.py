@@ -67,7 +67,10 @@ class Input:
         """Read what is there; False if that is nothing."""
         if self.size is None and not select.select([self._descriptor], [], [], 0)[0]:
             return False
-        block = os.read(self._descriptor, BLOCK)
+        try:
+            block = os.read(self._descriptor, BLOCK)
+        except OSError as error:
+            raise SpecError(f"the input cannot be read ({error.strerror or error}); check the file") from None
         self.ended = not block
         lines = block.split(b"\n")
         if len(lines) > 1 or self.ended:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterable
@@ -23,6 +24,7 @@ from .batch_ledger import Lines, kind_of
 BESIDE: Final = ".batch"
 ENDS_OF_LINES: Final = "\x85\u2028\u2029"
 CANCELLED: Final = "batch_cancelled"
+_ID: Final = re.compile(r"batch_(?:line|req)_[0-9a-f]{32}")
 
 
 class OutputBusyError(MillstreamError):
@@ -78,7 +80,10 @@ class Output:
     """OUT and OUT.batch. The latter holds the batch's id, durable before the first job, and the lock."""
 
     def __init__(self, path: str) -> None:
-        self.path = Path(path).resolve()  # through a link: the file itself is replaced when it is tidied
+        try:
+            self.path = Path(path).resolve()  # through a link: the file itself is replaced when it is tidied
+        except (OSError, RuntimeError):  # the latter until Python 3.13
+            raise SpecError(f"--out {path}: its links lead in a circle; name a file that can be written") from None
         self._beside = self.path.with_name(self.path.name + BESIDE)
         self._file: BinaryIO | None = None
         self._lock = self._opened(path)
@@ -220,7 +225,7 @@ def _parsed(line: bytes) -> Written | None:
         found = _decoder.decode(line)
     except (msgspec.MsgspecError, UnicodeError, RecursionError):
         return None
-    return found if found.id.startswith(("batch_line_", "batch_req_")) else None
+    return found if _ID.fullmatch(found.id) else None
 
 
 def _name(found: Written) -> int:

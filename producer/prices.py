@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -63,7 +64,8 @@ def read(path: str) -> Prices:
 def _price(path: str, model: str, entry: Any) -> Price:
     known = {"input", "output", "cached_input"}
     numbers = isinstance(entry, dict) and all(
-        isinstance(value, int | float) and not isinstance(value, bool) and value >= 0 for value in entry.values()
+        isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+        for value in entry.values()
     )
     if not numbers or not {"input", "output"} <= set(entry) <= known:
         raise SpecError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -18,6 +19,9 @@ from .answer import Answer
 
 URLS: Final = ("/v1/chat/completions", "/chat/completions")
 """OpenAI's name of the endpoint, and Azure's."""
+
+_LONE: Final = re.compile("[\ud800-\udfff]")
+"""A half of a pair of surrogates, which no file can hold."""
 
 _encoder: Final = msgspec.json.Encoder(order="deterministic")
 
@@ -92,6 +96,8 @@ class Reader:
 
     def read_object(self, given: Mapping[str, Any] | str | bytes, number: int) -> Row | Answer:
         """As `read`, for a row that a program gives: a line, or what a line would hold."""
+        if not isinstance(given, str | bytes | Mapping):
+            return self.refusal(b"", number, "invalid_json_line", f"found {type(given).__name__}, expected a row")
         if isinstance(given, str | bytes):
             return self._read(given.encode(errors="surrogatepass") if isinstance(given, str) else given, number)
         try:
@@ -100,7 +106,7 @@ class Reader:
         except (TypeError, ValueError, RecursionError) as error:
             line = repr(sorted(map(str, given)))[:1000].encode()
             custom_id = given.get("custom_id")
-            named = custom_id if isinstance(custom_id, str) else None
+            named = custom_id if isinstance(custom_id, str) and not _LONE.search(custom_id) else None
             return self.refusal(
                 line,
                 number,

@@ -192,6 +192,38 @@ def test_a_file_beside_that_was_torn_begins_anew(tmp_path: Path) -> None:
     output.close()
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"id":"batch_req_wnaDys","custom_id":"r0","response":{"status_code":200,"body":{"model":"m"}},"error":null}',
+        '{"id":"batch_req_","custom_id":"r0"}', '{"id":"batch_line_x"}', '{"id":"batch_req_' + "\u0663" * 32 + '"}',
+        "[" * 100_000, "\0", "", '{"id":5}',
+    ],
+)  # fmt: skip
+def test_a_line_that_is_none_of_ours_answers_no_row(tmp_path: Path, text: str) -> None:
+    """OpenAI's own results, or what an editor left: it is void, and no reason to stop."""
+    path = begun(tmp_path, answer("r1"))
+    path.write_text(text + "\n" + path.read_text())
+    output, lines, torn = again(path)
+    output.close()
+    assert (lines.stale, torn) == (1, 0)
+    assert rows_of(tmp_path, lines, 2) == ["r0"]
+
+
+def test_links_in_a_circle_are_refused(tmp_path: Path) -> None:
+    """As any other name that cannot be written."""
+    (tmp_path / "circle").symlink_to("circle")
+    with pytest.raises(SpecError, match=r"--out .*circle"):
+        Output(str(tmp_path / "circle"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file whose reading fails")
+def test_an_input_that_cannot_be_read_to_its_end_says_so() -> None:
+    """A broken disk is no fault of the output."""
+    with Path("/proc/self/mem").open("rb", buffering=0) as file, pytest.raises(SpecError, match="the input cannot be"):
+        Input(file).next()
+
+
 def test_a_file_of_somebody_else_is_not_touched(tmp_path: Path) -> None:
     """Neither that nor anything beside it; a folder and a missing one are refused in words."""
     path = tmp_path / "precious"
@@ -223,7 +255,15 @@ def test_a_price_is_that_of_the_longest_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["x", "[m]\ninput=1\n", "[m]\ninput=-1\noutput=1\n", "[gpt-4.1]\ninput=1\noutput=1\n", "m=1\n"]
+    "text",
+    [
+        "x",
+        "[m]\ninput=1\n",
+        "[m]\ninput=-1\noutput=1\n",
+        "[gpt-4.1]\ninput=1\noutput=1\n",
+        "m=1\n",
+        "[m]\ninput=inf\noutput=1\n",
+    ],
 )
 def test_a_price_table_that_cannot_be_says_where(tmp_path: Path, text: str) -> None:
     """The file, and the model or the line."""

@@ -185,3 +185,12 @@ def test_a_fingerprint_is_never_nothing() -> None:
     """0 marks an empty slot."""
     assert len({fingerprint(str(n)) for n in range(10_000)}) == 10_000
     assert fingerprint("\ud800")
+
+
+@pytest.mark.parametrize("given", [5, None, [1], {"custom_id": "\ud800", "body": {}}])
+def test_what_a_program_gives_instead_of_a_row_becomes_an_error_line(given: Any) -> None:
+    """One bad row does not end the batch, and its line can be written."""
+    found = Reader("b").read_object(given, 3)
+    assert isinstance(found, Answer)
+    line = json.loads(msgspec.json.encode(found.line()))
+    assert (line["custom_id"], line["error"]["code"], line["error"]["line"]) == (None, "invalid_json_line", 3)
