@@ -94,7 +94,7 @@ class Reader:
         except _RefusedError as refused:
             return self.refusal(line, number, refused.code, str(refused), refused.custom_id)
 
-    def read_object(self, given: Mapping[str, Any] | str | bytes, number: int) -> Row | Answer:
+    def read_object(self, given: object, number: int) -> Row | Answer:
         """As `read`, for a row that a program gives: a line, or what a line would hold."""
         if not isinstance(given, str | bytes | Mapping):
             return self.refusal(b"", number, "invalid_json_line", f"found {type(given).__name__}, expected a row")
