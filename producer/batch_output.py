@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import re
@@ -177,9 +178,13 @@ class Output:
             encoded.append(_one_line(msgspec.json.encode(answer.line())))
             if answer.status != "refused":
                 lines.written(answer.custom_id or "", answer.job_id, kind_of(answer))
-        self._file.write(b"\n".join(encoded) + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        try:
+            self._file.write(b"\n".join(encoded) + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:  # what is open goes on, and its answers wait in Redis
+            words = f"{self.path}: {error.strerror}; when that is mended, the same command goes on"
+            raise OSError(error.errno, words) from None
 
     # After --------------------------------------------------------------------------------------------------------
 
@@ -194,6 +199,7 @@ class Output:
                     last.put(_name(found), number)
         fresh = self.path.with_name(self.path.name + ".tidy")
         with self.path.open("rb") as file, fresh.open("wb") as copy:
+            shutil.copymode(self.path, fresh)  # before anybody can read what is in it
             for number, line in enumerate(file, 1):
                 found = _parsed(line)
                 if found is None or last.get(_name(found)) != number:
@@ -202,13 +208,13 @@ class Output:
                     copy.write(line)
             copy.flush()
             os.fsync(copy.fileno())
-        shutil.copymode(self.path, fresh)
         fresh.replace(self.path)
         _sync_folder(self.path)
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # what counts was written before
+                self._file.close()
         os.close(self._lock)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,26 @@ def test_a_line_that_is_none_of_ours_answers_no_row(tmp_path: Path, text: str) -
     output.close()
     assert (lines.stale, torn) == (1, 0)
     assert rows_of(tmp_path, lines, 2) == ["r0"]
+
+
+def test_a_full_disk_is_named_and_leaves_what_can_be_gone_on_from(tmp_path: Path) -> None:
+    """The file, the reason and what to do; closing says it no second time."""
+    output, lines = Output(str(tmp_path / "out.jsonl")), Lines()
+    output.read(lines, lambda _: None)
+    output.write([answer("r0")], lines)
+    whole = output.path.stat().st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (whole + 10, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"out\.jsonl: File too large; .* the same command goes on"):
+            output.write([answer("r1")], lines)
+        output.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    output, lines, torn = again(tmp_path / "out.jsonl")
+    output.close()
+    assert torn == 10
+    assert rows_of(tmp_path, lines, 2) == ["r1"]
 
 
 def test_links_in_a_circle_are_refused(tmp_path: Path) -> None:
