@@ -32,6 +32,8 @@ WINDOW: Final = 1000
 CHUNK: Final = 250
 """Rows in one pipeline: about 0.7 MB with prompts of 2 KB."""
 CHUNK_BYTES: Final = 1024 * 1024
+STEP: Final = 10
+"""Rows taken before the window is asked for room again: how large they are shows only then, and one may have 4 MB."""
 FETCH: Final = 100
 """Logs read in one pipeline. A page is at most 4 MB and usually below 2 KB."""
 FEED: Final = 1000
@@ -171,16 +173,19 @@ class Course:
     def _take(self) -> Steps:
         if self.stopped:
             self.window.leave_new()
-        room = min(self.window.room, CHUNK)
-        if self._dry or self.stopped or not room:
-            return
-        taken: Taken = yield Take(room)
-        for row in taken.rows:
-            if isinstance(row, Answer):
-                self.window.add_refused(row)
-            else:
-                self.window.add(row)
-        self._dry, self._idle = taken.dry, taken.idle
+        for _ in range(CHUNK // STEP):
+            room = min(self.window.room, STEP)
+            if self._dry or self.stopped or not room:
+                return
+            taken: Taken = yield Take(room)
+            for row in taken.rows:
+                if isinstance(row, Answer):
+                    self.window.add_refused(row)
+                else:
+                    self.window.add(row)
+            self._dry, self._idle = taken.dry, taken.idle
+            if len(taken.rows) < room:
+                return
 
     def _send(self) -> Steps:
         now = self._clock()

@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from millstream.batch import window as window_module
 from millstream.batch.answer import Answer
+from millstream.batch.course import STEP
 from millstream.batch.row import Reader
 from millstream.batch.source import Objects
 from millstream.batch.window import MAX_LOST
@@ -53,6 +55,23 @@ def test_every_row_is_answered_and_nothing_is_left() -> None:
     assert sorted(str(answer.custom_id) for answer in answers) == sorted(f"r{i}" for i in range(10))
     assert all(answer.text == f"answer of {answer.job_id}" for answer in answers)
     assert model.jobs == {}
+
+
+def test_large_rows_make_the_window_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are taken a few at a time: 250 of 4 MB would be a gigabyte before anybody counts."""
+    monkeypatch.setattr(window_module, "MAX_OPEN_BYTES", 2_000)
+    model, most = Model(), 0
+
+    def around() -> bool:
+        nonlocal most
+        most = max(most, len(list(model.open)))
+        for job in model.open:
+            model.end(job)
+        return False
+
+    answers = [each for some in Run(model, source(rows(200)), 250).lists(around) for each in some]
+    assert len(answers) == 200
+    assert STEP <= most <= 2 * STEP + 10, most
 
 
 @pytest.mark.parametrize("window", [1, 2, 7])
