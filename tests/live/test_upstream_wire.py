@@ -155,7 +155,7 @@ FRAMING: Final = [
                                                           Split(1, 0.001), *answer(Part(TEXT)).steps))
       for start in (b"\xef\xbb\xbf", b": hello\n\n", b"\n\n", b"retry: 3000\n")),
     *(bad(f"an error as {kind!r}", Script(Headers({"content-type": kind}), Raw(b'{"error":{"code":"busy"}}')), "busy")
-      for kind in ("", "text/plain", "application/json", "text/html")),
+      for kind in ("", "text/plain", "application/json", "text/html", "text/event-stream")),
     bad("ndjson", Script(Headers({"content-type": "application/x-ndjson"}), Raw(b"{}\n")), "malformed_stream"),
     bad("a page without end", Script(Headers({"content-type": "text/html"}), Filler(None)), "malformed_stream"),
     final("JSON without end", Script(Headers({"content-type": "application/json"}), Raw(b"{"), Filler(None)),
