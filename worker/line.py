@@ -19,6 +19,10 @@ from millstream.errors import RedisUnavailable
 from millstream.redis_door import COMMAND_TIMEOUT, place
 
 
+class KeysBrokenError(RedisUnavailable):
+    """A script met a key that is not of its type, or holds what it cannot read: asking again does not mend it."""
+
+
 class Line:
     """Runs script calls, in order. Connects when it has to; a broken line fails the calls in flight."""
 
@@ -28,7 +32,7 @@ class Line:
         self._wire: _Wire | None = None
 
     async def run(self, call: Call[T]) -> T:
-        """The call's value. Raises RedisUnavailable when there is no answer, or one that says so."""
+        """The call's value. Raises RedisUnavailable when there is no answer, or one that says so; KeysBrokenError."""
         try:
             async with asyncio.timeout(COMMAND_TIMEOUT):
                 if self._wire is None or self._wire.lost:
@@ -48,6 +52,8 @@ class Line:
         if isinstance(reply, hiredis.ReplyError):
             if str(reply).startswith(("READONLY", "MASTERDOWN")):
                 self.close()  # demoted: by now its address may lead to another server
+            if str(reply).startswith("WRONGTYPE") or (str(reply).startswith("ERR") and "user_script" in str(reply)):
+                raise KeysBrokenError(f"{call.script} on Redis at {place(self._url)}: {str(reply)[:200]}")
             raise self._unavailable(str(reply)[:200])
         return call.decode(reply)
 

