@@ -25,6 +25,7 @@ from worker.limiter import Grant, Limiter, TooLarge
 from worker.line import Line
 from worker.reservation import Reservation
 from worker.rq_worker import Entry, StreamWorker
+from worker.sweeper import Sweeper
 from worker.tickets import Leave, Tickets
 from worker.upstream import UpstreamSettings
 
@@ -73,7 +74,14 @@ class Desk:
 
 @asynccontextmanager
 async def fleet(
-    settings: Settings, limits: Limits, *, workers: int = 1, slots: int = 200, nap: float = 0.01, **more: Limits
+    settings: Settings,
+    limits: Limits,
+    *,
+    workers: int = 1,
+    slots: int = 200,
+    nap: float = 0.01,
+    called: str = "up",
+    **more: Limits,
 ) -> AsyncIterator[tuple[list[Desk], list[tuple[float, str, Leave]]]]:
     """Intakes that run, and the list of what began: when, which job, with what leave."""
     desks: list[Desk] = []
@@ -82,7 +90,7 @@ async def fleet(
     intakes: list[asyncio.Task[None]] = []
     lines: list[Line] = []
     upstream = GuardedUpstream(
-        UpstreamSettings(name="up", base_url="http://127.0.0.1:9/v1", limits=limits, models_limits=more),
+        UpstreamSettings(name=called, base_url="http://127.0.0.1:9/v1", limits=limits, models_limits=more),
         connections=1, connect_timeout=1,
     )  # fmt: skip
     for number in range(workers):
@@ -279,3 +287,48 @@ async def test_a_running_job_keeps_its_place_before_the_line(client: Client, set
         assert await waits.have(up, 5.0, again=True) > 5, "a broken meter is no leave: the job goes back to the queue"
         client.redis.delete(client.keys.meter("up/m")[6])
         waits.give_back()
+
+
+@pytest.mark.parametrize("lost", ["settings", "waiting"])
+async def test_jobs_in_a_line_that_nobody_serves_are_delivered_again(
+    client: Client, settings: Settings, lost: str
+) -> None:
+    """Their upstream has another name since a deploy, or the list of lines is gone: they join another line, or run."""
+    submit(client, 3, model="m")
+    client.run(learn(client.keys, Meter("up", "m", Limits(streams=1)), cool=60))
+    async with fleet(settings, Limits(streams=1)):
+        await until(lambda: client.limits() and client.limits()[0].waiting["interactive"] == 3)
+    line = client.keys.line("up/m", "interactive")
+    client.redis.zadd(client.keys.waiting, {"up/m": 0})
+    called = "renamed"
+    if lost == "waiting":
+        client.redis.delete(client.keys.waiting)
+        end_cool_down(client.redis, client.keys, "up/m")
+        client.redis.zrem(client.keys.waiting, "up/m")
+        called = "up"
+    async with fleet(settings, Limits(streams=1), called=called) as (desks, started):
+        sweeper = Sweeper(desks[0].client, [called])
+        client.redis.zadd(client.keys.open, {f"job-{number}": 1 for number in range(3)})
+        await sweeper._sweep([f"job-{number}" for number in range(3)])
+        await until(lambda: len(started) == 3)
+    assert sorted(job_id for _, job_id, _ in started) == ["job-0", "job-1", "job-2"]
+    end_line(client.redis, client.keys, "up/m", "interactive")
+    assert not client.redis.exists(line)
+
+
+async def test_a_line_that_others_serve_is_left_to_them(client: Client, settings: Settings) -> None:
+    """A worker of another upstream sweeps, too: what is asked for in time is in good hands."""
+    submit(client, 1, model="m")
+    client.run(learn(client.keys, Meter("up", "m", Limits(streams=1)), cool=60))
+    async with fleet(settings, Limits(streams=1)) as (desks, _):
+        await until(lambda: client.limits() and client.limits()[0].waiting["interactive"] == 1)
+        client.redis.zadd(client.keys.open, {"job-0": 1})
+        await Sweeper(desks[0].client, ["other"])._sweep(["job-0"])
+        client.redis.zadd(client.keys.waiting, {"up/m": 1})
+        client.redis.zadd(client.keys.open, {"job-0": 1})
+        await Sweeper(desks[0].client, ["up"])._sweep(["job-0"])
+        assert client.redis.llen("rq:queue:millstream-interactive") == 0
+        assert client.limits()[0].waiting["interactive"] == 1
+        client.cancel("job-0")
+        end_cool_down(client.redis, client.keys, "up/m")
+        await until(lambda: client.limits()[0].waiting["interactive"] == 0)
