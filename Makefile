@@ -50,8 +50,8 @@ bench-quick: install ## the ratios for 50 and 200 streams, under a minute
 bench-batch: install ## 100,000 rows from file to file beside one asyncio process
 	$(python) -m bench.batch $(ARGS)
 
-soak: install ## the long rounds of the fault suite and of the simulation
-	$(python) -m pytest $(wildcard tests/faults) tests/simulation tests/mutations --soak $(ARGS)
+soak: install ## the long rounds of the fault suite, the simulation and the limits
+	$(python) -m pytest tests/faults tests/simulation tests/mutations tests/live/test_worker_limits.py --soak $(ARGS)
 
 # The image's lock, everybody's lock, and the model, whose own dependencies would compile a second inference engine.
 # No upgrade by itself: ARGS=--upgrade, or ARGS="--upgrade-package redis".

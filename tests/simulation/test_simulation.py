@@ -26,7 +26,7 @@ SHORT = 400
 
 LEAST = 200
 SECONDS = 40.0
-SOAK_ROUNDS = 25
+SOAK_ROUNDS = 10
 SHOWN = 300
 """Lines of the trace that a failure prints; `--seed` prints all of it."""
 

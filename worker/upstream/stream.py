@@ -75,6 +75,10 @@ class Stream:
             room = self._take(self._decode(packet))
         except UpstreamFailure as failure:
             self._failure, room = failure, True
+        except MemoryError:
+            self._decoder = SseDecoder()  # what it held is most of what can be given back
+            what = "the worker ran out of memory while it read the answer"
+            self._failure, room = UpstreamFailure("out_of_memory", what), True
         if room and not self.done and self._failure is None:
             return
         if not room:
