@@ -103,9 +103,9 @@ class Tickets:
             if isinstance(reply, redis.exceptions.RedisError):
                 if "WRONGTYPE" not in str(reply):
                     raise RedisUnavailable(str(reply)) from reply
-                log.error(
-                    "limits.broken", reason=str(reply), remedy="delete what is no sorted set of limit:waiting, :learned"
-                )
+                keys = self._client.keys
+                remedy = f"delete what is no sorted set of {keys.waiting} and {keys.learned}"
+                log.error("limits.broken", meter="all", reason=str(reply), remedy=remedy)
         (seconds, micros), waiting, learned = [each if isinstance(each, list | tuple) else () for each in replies]
         self._limiter.note(seconds * 1000 + micros // 1000, waiting, learned)
         self._look_at = asyncio.get_running_loop().time() + LOOK
