@@ -94,16 +94,16 @@ class Acquired:
 
 
 def acquire(
-    keys: Keys, meter: Meter, places: Sequence[Place], *, lease: float, asker: str, call_id: str, want: int,
+    keys: Keys, meter: Meter, places: Sequence[Place], *, lease: float, asker: str, number: int, want: int,
     lanes: Sequence[str], intermediate: Sequence[str],
 ) -> Call[Acquired]:  # fmt: skip
     """Let these deliveries join the line, and take up to `want` tickets for the first of it.
 
-    `intermediate`: RQ's intermediate lists by lane. At most one such call of an asker may run at a time and meter.
+    `intermediate`: RQ's intermediate lists by lane. `number`: of this call, larger than those before it. At most one such call of an asker may run at a time and meter.
     """
     waits_for = msgspec.json.encode({"what": "limit", "upstream": meter.upstream, "model": meter.model})[:-1]
-    served = "".join(str(number) for number, lane in enumerate(LANES) if lane in lanes)
-    args = [*_fixed(meter, lease), asker, call_id, want, served, waits_for, len(places)]
+    served = "".join(str(at) for at, lane in enumerate(LANES) if lane in lanes)
+    args = [*_fixed(meter, lease), asker, number, want, served, waits_for, len(places)]
     for each in places:
         args += (each.delivery, LANES.index(each.lane), each.since, each.prompt, _tokens(each.most))
     names = [*keys.meter(meter.name), *intermediate, *(keys.state(each.job_id) for each in places)]

@@ -8,6 +8,7 @@ set one, nothing is asked of Redis.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import secrets
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -95,6 +96,7 @@ class Limiter:
     ) -> None:  # fmt: skip
         self._run, self._keys, self._lease = run, keys, lease
         self._asker = f"{asker}:{secrets.token_hex(4)}"
+        self._numbers = itertools.count(1)
         self._upstreams = {each.name: each for each in upstreams}
         self._lanes, self._intermediate = lanes, intermediate
         self._known: dict[tuple[str, str], Meter] = {}
@@ -167,7 +169,7 @@ class Limiter:
         One at a time, and again the same until it is answered; see `take`.
         """
         return meters.acquire(
-            self._keys, meter, places, lease=self._lease, asker=self._asker, call_id=secrets.token_hex(8), want=want,
+            self._keys, meter, places, lease=self._lease, asker=self._asker, number=next(self._numbers), want=want,
             lanes=self._lanes, intermediate=self._intermediate,
         )  # fmt: skip
 

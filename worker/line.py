@@ -54,7 +54,7 @@ class Line:
             if str(reply).startswith(("READONLY", "MASTERDOWN")):
                 self.close()  # demoted: by now its address may lead to another server
             if str(reply).startswith("WRONGTYPE") or (str(reply).startswith("ERR") and "user_script" in str(reply)):
-                raise KeysBrokenError(f"{call.script} on Redis at {place(self._url)}: {str(reply)[:200]}")
+                raise KeysBrokenError(str(self._unavailable(str(reply)[:200])))
             raise self._unavailable(str(reply)[:200])
         return call.decode(reply)
 

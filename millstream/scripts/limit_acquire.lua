@@ -2,7 +2,7 @@
 --
 -- KEYS  1 to 11 as _meter says  12 RQ's intermediate list of interactive  13 of batch  then per job: its state
 -- ARGV  1 the meter's name  2 requests  3 tokens a window  4 streams at once (0: no limit)  5 interactive's share
---       6 window (ms)  7 lease of a ticket (ms)  8 who asks  9 a random id of this call
+--       6 window (ms)  7 lease of a ticket (ms)  8 who asks  9 the number of this call, larger than those before
 --       10 how many tickets at most  11 the lanes to serve: 0 interactive, 1 batch ('01', '0', '1')
 --       12 what a job waits for, JSON without its closing brace  13 number of jobs, then per job:
 --       delivery, lane, place (when it was submitted, ms), tokens of the prompt, most tokens of the answer ('': unknown)
@@ -12,13 +12,17 @@
 -- Too large may be some of the line, too, after a limit was lowered: they have left it, to be counted anew.
 -- A job that stays in line says so in its state, and its delivery leaves the intermediate list for the line.
 -- Interactive goes first, but of twenty tickets one is batch's when both wait.
--- A lost reply may be retried: the last answer to each asker is kept for a minute.
+-- A lost reply may be retried: the last answer to each asker is kept for a minute. A call that comes later than a newer
+-- one of its asker does nothing: nobody waits for its tickets any more.
 -- flags: allow-oom
 -- uses: _meter
 
-local REPLIES, asker, id = KEYS[8], ARGV[8], ARGV[9]
+local REPLIES, asker, number = KEYS[8], ARGV[8], ARGV[9]
 local before = call('HGET', REPLIES, asker)
-if before and string.sub(before, 1, #id + 1) == id .. '|' then
+local last = before and tonumber(string.match(before, '^%d+')) or 0
+if last > tonumber(number) then
+  return {0, -1, '', '', ''}
+elseif last == tonumber(number) then
   local waiting, wait, why, granted, large = string.match(before, '^[^|]*|([^|]*)|([^|]*)|([^|]*)|([^|]*)|(.*)$')
   return {tonumber(waiting), tonumber(wait), why, granted, large}
 end
@@ -144,7 +148,7 @@ end
 
 save_meter(lease)
 local reply = {waiting, wait, why or '', table.concat(granted, ' '), table.concat(large, ' ')}
-call('HSET', REPLIES, asker, id .. '|' .. int(waiting) .. '|' .. int(wait) .. '|' .. reply[3] .. '|' .. reply[4] .. '|' .. reply[5])
+call('HSET', REPLIES, asker, number .. '|' .. int(waiting) .. '|' .. int(wait) .. '|' .. reply[3] .. '|' .. reply[4] .. '|' .. reply[5])
 if not before or keep then
   call('PEXPIRE', REPLIES, max(60000, window))
 end

@@ -332,12 +332,3 @@ async def test_a_line_that_others_serve_is_left_to_them(client: Client, settings
         client.cancel("job-0")
         end_cool_down(client.redis, client.keys, "up/m")
         await until(lambda: client.limits()[0].waiting["interactive"] == 0)
-
-
-async def test_calls_at_once_share_one_connection(client: Client, settings: Settings) -> None:
-    """Jobs that wait for tickets ask at the same moment once Redis is back; whoever opens a line of its own leaves it."""
-    line = Line(settings.redis_url)
-    before = client.redis.info("clients")["connected_clients"]
-    await asyncio.gather(*(line.run(meters.look(client.keys, "up/m")) for _ in range(20)))
-    assert client.redis.info("clients")["connected_clients"] == before + 1
-    line.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -33,6 +33,7 @@ from tests.contract.conftest import Hands
 LEASE: Final = 15.0
 INTERMEDIATE: Final = ("rq:queue:millstream-interactive:intermediate", "rq:queue:millstream-batch:intermediate")
 LANES: Final = ("interactive", "batch")
+NUMBERS: Final = itertools.count(1)
 
 
 @dataclass
@@ -72,7 +73,7 @@ class Desk:
     ) -> Acquired:  # fmt: skip
         return self.hands.send(
             acquire(
-                self.client.keys, self.meter, places, lease=lease, asker=asker, call_id=secrets.token_hex(8),
+                self.client.keys, self.meter, places, lease=lease, asker=asker, number=next(NUMBERS),
                 want=want, lanes=lanes, intermediate=INTERMEDIATE,
             )
         )  # fmt: skip

@@ -6,9 +6,9 @@ import dataclasses
 
 import pytest
 
-from millstream.meters import MOST, UNUSED, Limits, Meter
+from millstream.meters import MOST, UNUSED, Acquired, Limits, Meter, Place, acquire
 from tests.contract.conftest import Hands
-from tests.contract.test_limits import Desk
+from tests.contract.test_limits import INTERMEDIATE, LANES, LEASE, Desk
 
 
 def grants(desk: Desk, times: int) -> int:
@@ -35,6 +35,28 @@ def test_no_upstream_says_more_than_can_be_counted(sent: Hands, took: int) -> No
     gauge = desk.look()
     assert (gauge.requests.used, gauge.streams.used) == (20, 0)
     assert 0 <= gauge.tokens.used <= 20 * MOST
+
+
+def test_a_call_that_comes_late_takes_no_tickets(hands: Hands) -> None:
+    """Its connection was given up, its answer fetched by another one: only then does the server read it once more."""
+    desk = Desk(hands, Limits(requests=4000))
+    places = desk.places(4)
+
+    def call(number: int, *joins: Place) -> Acquired:
+        keys = desk.client.keys
+        return desk.client.run(
+            acquire(
+                keys, desk.meter, joins, lease=LEASE, asker="w", number=number, want=1, lanes=LANES,
+                intermediate=INTERMEDIATE,
+            )
+        )  # fmt: skip
+
+    assert desk.names(call(9, *places)) == ["j1"]
+    assert desk.names(call(10)) == ["j2"]
+    late = call(9, *places)
+    assert (late.granted, late.too_large, late.again) == ({}, {}, None)
+    gauge = desk.look()
+    assert (gauge.requests.used, gauge.waiting["interactive"]) == (2, 2)
 
 
 def test_batch_goes_on_after_its_tickets_expired_as_a_whole(hands: Hands) -> None:
