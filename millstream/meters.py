@@ -99,7 +99,8 @@ def acquire(
 ) -> Call[Acquired]:  # fmt: skip
     """Let these deliveries join the line, and take up to `want` tickets for the first of it.
 
-    `intermediate`: RQ's intermediate lists by lane. `number`: of this call, larger than those before it. At most one such call of an asker may run at a time and meter.
+    `intermediate`: RQ's intermediate lists by lane. `number`: of this call, larger than those before it. At most
+    one such call of an asker may run at a time and meter.
     """
     waits_for = msgspec.json.encode({"what": "limit", "upstream": meter.upstream, "model": meter.model})[:-1]
     served = "".join(str(at) for at, lane in enumerate(LANES) if lane in lanes)
