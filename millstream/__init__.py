@@ -29,7 +29,6 @@ from .errors import (
     SpecError,
 )
 from .events import Cancelled, Chunk, Completed, Event, Failed, Incomplete, Resumed, Retrying, Started
-from .meters import Gauge
 from .result import Ended, Job, Result
 from .settings import Settings
 from .status import Status
@@ -38,6 +37,7 @@ from .transcript import Transcript
 if TYPE_CHECKING:
     from .async_client import AsyncClient
     from .client import Client
+    from .meters import Gauge
 
 __version__ = "0.1.0"
 
@@ -51,8 +51,8 @@ __all__ = [
 if not TYPE_CHECKING:  # a type checker sees the imports above, and so still knows which names there are
 
     def __getattr__(name: str) -> Any:
-        """Import a client when it is first asked for: redis and rq take ten times as long as all the rest."""
-        homes = {"Client": "client", "AsyncClient": "async_client"}
+        """Import what stands on redis and rq when it is first asked for: they take ten times as long as the rest."""
+        homes = {"Client": "client", "AsyncClient": "async_client", "Gauge": "meters"}
         if name not in homes:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         globals()[name] = getattr(import_module(f".{homes[name]}", __name__), name)

@@ -152,11 +152,11 @@ class Proxy:
         try:
             await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
         finally:
+            writer.transport.abort()  # before the first wait, which a second cut would end
+            forth.transport.abort()
             for way in ways:
                 way.cancel()
             await asyncio.gather(*ways, return_exceptions=True)
-            writer.transport.abort()
-            forth.transport.abort()
 
     async def _forward(self, carried: _Carried, reader: asyncio.StreamReader, forth: asyncio.StreamWriter) -> None:
         while data := await reader.read(_BLOCK):

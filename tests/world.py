@@ -6,6 +6,7 @@ The fixtures that make worlds are in tests/conftest.py.
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -155,7 +156,17 @@ class World:
         assert self.redis.zrange(self.keys.open, 0, -1) == []
         complaints = [line for worker in self.workers for line in worker.complaints()]
         assert not complaints, f"workers complained: {complaints}"
+        deadline = time.monotonic() + PATIENCE
+        while not self._tidy() and time.monotonic() < deadline:  # RQ's books of what ended are written in batches
+            time.sleep(0.02)
         check_keys(_WithoutRegistries(self.redis), self.keys)
+
+    def _tidy(self) -> bool:
+        try:
+            check_keys(_WithoutRegistries(self.redis), self.keys)
+        except AssertionError:
+            return False
+        return True
 
 
 class _WithoutRegistries:

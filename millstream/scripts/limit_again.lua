@@ -6,6 +6,7 @@
 -- Returns {'granted', tokens}  {'too_large', tokens, limit}  {'wait', ms, why}: nothing was used; ask again then
 -- Such a request goes before the line. When its wait is short enough, the line stands still for it until 2 s after its
 -- time: by then whoever waits has asked again, with the same ticket, or is dead. Who gives up settles it as never asked.
+-- After a cool-down alone there is enough for all.
 -- A lost reply may be retried: a ticket that is held is granted.
 -- flags: allow-oom
 -- uses: _meter
@@ -24,7 +25,9 @@ end
 local why, at = blocked(lane, tokens)
 if why then
   local wait = max(1, at - now)
-  if wait <= tonumber(ARGV[12]) then
+  local rpm, tpm = limits()
+  local scarce = rpm > 0 or tpm > 0 or m.streams > 0
+  if scarce and wait <= tonumber(ARGV[12]) then
     call('ZADD', FRONT, at + 2000, ticket)
     if call('PTTL', FRONT) < wait + 2000 then
       call('PEXPIRE', FRONT, wait + 2000)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -315,6 +316,17 @@ def test_a_running_jobs_request_goes_before_the_line(hands: Hands) -> None:
     assert lapses - hands.now_ms() == pytest.approx((waits.seconds + 2) * 1000, abs=500)
     desk.client.redis.zadd(front, {"x1": hands.now_ms()})
     assert desk.names(desk.acquire()) == ["j2"], "whoever waited there is dead"
+
+
+def test_after_a_cool_down_alone_nobody_stands_still(hands: Hands) -> None:
+    """Without a limit there is enough for all: the jobs in line need not wait until the one that retries has asked."""
+    desk = Desk(hands, Limits())
+    desk.learn(cool=0.2)
+    assert desk.again("x1").because == "cooling"
+    assert desk.names(desk.acquire(desk.places(1))) == []
+    while desk.look().cooling_until is not None:
+        time.sleep(0.005)
+    assert desk.names(desk.acquire()) == ["j1"]
 
 
 def test_a_wait_too_long_for_memory_keeps_nobody_waiting(hands: Hands) -> None:

@@ -85,6 +85,7 @@ def orphaned(server: Valkey) -> None:
         wait_until(lambda: heard(server, "MASTERDOWN"), "the server says MASTERDOWN")
         time.sleep(1)
         connection.replicaof("NO", "ONE")
+        connection.config_set("replica-serve-stale-data", "yes")  # as it was: `demoted` wants to hear READONLY
 
 
 def alone(server: Valkey) -> None:
