@@ -219,7 +219,7 @@ def test_limits_shows_each_meter(desk: Desk) -> None:
     places = [Place(f"j{i}-00000000", f"j{i}", "batch", i, 10, 90) for i in range(3)]
     desk.client.run(
         acquire(
-            keys, meter, places, lease=15, asker="w", call_id="1", want=9, lanes=("batch",), intermediate=("i", "b")
+            keys, meter, places, lease=15, asker="w", number=1, want=9, lanes=("batch",), intermediate=("i", "b")
         )
     )  # fmt: skip
     desk.client.run(learn(keys, meter, cool=60))
