@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
+import itertools
 import time
 from dataclasses import dataclass
 from typing import Any, Final
@@ -17,6 +17,7 @@ from .world import world
 
 WAITING: Final = 1000
 _LIMITS: Final = meters.Limits(requests=10**6, tokens=10**9, streams=10**6)
+_NUMBERS: Final = itertools.count(1)
 _METER: Final = meters.Meter("up", "model", _LIMITS)
 _INTERMEDIATE: Final = ("bench:interactive", "bench:batch")
 
@@ -62,7 +63,7 @@ async def _measure(url: str, calls: int) -> Acquire:
 def _call(client: AsyncClient, numbers: Any, want: int) -> Call[meters.Acquired]:
     places = [meters.Place(f"job{n}-00000000", f"job{n}", "batch", float(n), 100, 500) for n in numbers]
     return meters.acquire(
-        client.keys, _METER, places, lease=15.0, asker="bench", call_id=secrets.token_hex(8), want=want, lanes=LANES,
+        client.keys, _METER, places, lease=15.0, asker="bench", number=next(_NUMBERS), want=want, lanes=LANES,
         intermediate=_INTERMEDIATE,
     )  # fmt: skip
 

@@ -80,7 +80,7 @@ def _panel(row: Row, console: Console, width: int, height: int) -> Panel:
     return Panel(
         Text("\n").join(lines[-height:]),
         title=Text(textwrap.shorten(row.prompt, width - 2, placeholder=" ...")),
-        subtitle=Text(f"{row.status}{rate}"),
+        subtitle=Text(row.status + rate if len(row.status + rate) <= width - 2 else row.status),
         border_style=_COLOURS.get(row.status, "cyan"),
         height=height + 2,
     )

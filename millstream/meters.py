@@ -27,6 +27,9 @@ SLACK: Final = 1 / 40
 UNUSED: Final = -1
 """As tokens in a settlement: the upstream was never asked."""
 
+MOST: Final = 10**9
+"""Tokens that one request is counted as at most, whatever it asks for or its upstream says: sums stay whole numbers."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -91,18 +94,19 @@ class Acquired:
 
 
 def acquire(
-    keys: Keys, meter: Meter, places: Sequence[Place], *, lease: float, asker: str, call_id: str, want: int,
+    keys: Keys, meter: Meter, places: Sequence[Place], *, lease: float, asker: str, number: int, want: int,
     lanes: Sequence[str], intermediate: Sequence[str],
 ) -> Call[Acquired]:  # fmt: skip
     """Let these deliveries join the line, and take up to `want` tickets for the first of it.
 
-    `intermediate`: RQ's intermediate lists by lane. At most one such call of an asker may run at a time and meter.
+    `intermediate`: RQ's intermediate lists by lane. `number`: of this call, larger than those before it. At most
+    one such call of an asker may run at a time and meter.
     """
     waits_for = msgspec.json.encode({"what": "limit", "upstream": meter.upstream, "model": meter.model})[:-1]
-    served = "".join(str(number) for number, lane in enumerate(LANES) if lane in lanes)
-    args = [*_fixed(meter, lease), asker, call_id, want, served, waits_for, len(places)]
+    served = "".join(str(at) for at, lane in enumerate(LANES) if lane in lanes)
+    args = [*_fixed(meter, lease), asker, number, want, served, waits_for, len(places)]
     for each in places:
-        args += (each.delivery, LANES.index(each.lane), each.since, each.prompt, "" if each.most is None else each.most)
+        args += (each.delivery, LANES.index(each.lane), each.since, each.prompt, _tokens(each.most))
     names = [*keys.meter(meter.name), *intermediate, *(keys.state(each.job_id) for each in places)]
     return Call("limit_acquire", names, args, _acquired)
 
@@ -139,7 +143,7 @@ def again(
             return Leave(outcome, seconds=int(reply[1]) / 1000, because=reply[2].decode())
         return Leave(outcome, int(reply[1]))
 
-    args = [*_fixed(meter, lease), ticket, LANES.index(lane), prompt, "" if most is None else most, int(room * 1000)]
+    args = [*_fixed(meter, lease), ticket, LANES.index(lane), prompt, _tokens(most), int(room * 1000)]
     return Call("limit_again", keys.meter(meter.name), args, decode)
 
 
@@ -161,9 +165,7 @@ def settle(keys: Keys, name: str, settlements: Sequence[Settlement]) -> Call[flo
     """Settle tickets, each once. The value is when it is worth asking for those in line (seconds); None: nobody is."""
     args: list[Any] = [name]
     for each in settlements:
-        args += (
-            each.ticket, "" if each.took is None else each.took, "" if each.answer is None else each.answer
-        )  # fmt: skip
+        args += (each.ticket, UNUSED if each.took == UNUSED else _tokens(each.took), _tokens(each.answer))
 
     def decode(reply: Sequence[Any]) -> float | None:
         return int(reply[2]) / 1000 if int(reply[2]) >= 0 else None
@@ -247,6 +249,10 @@ def look(keys: Keys, name: str) -> Call[Gauge | None]:
         )  # fmt: skip
 
     return Call("limit_look", keys.meter(name), [], decode)
+
+
+def _tokens(count: int | None) -> int | str:
+    return "" if count is None else max(0, min(count, MOST))
 
 
 def _fixed(meter: Meter, lease: float) -> list[Any]:

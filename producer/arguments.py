@@ -105,7 +105,12 @@ def _result(parser: Parser) -> None:
 def _list(parser: Parser) -> None:
     parser.add_argument("--state", choices=STATES, metavar="S", help=", ".join(STATES))
     parser.add_argument("--limit", type=_limit, metavar="N", default=100, help="at most so many (default 100)")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="one JSON object a line with all there is (in a pipe else, between tabs: id, status, lane, model, "
+        "attempt, seq, created_at)",
+    )
 
 
 def _limits(parser: Parser) -> None:

@@ -24,7 +24,7 @@ BEST_FIRST: Final = (DONE, INCOMPLETE, CANCELLED, FAILED)
 """Of several jobs the last of these speaks: nothing usable is worse than a part, and nobody wanted `failed`."""
 
 MEANINGS: Final = (
-    (DONE, "completed; batch: every row answered; for status, cancel, list and forget: done"),
+    (DONE, "completed; batch: every row answered; for status, cancel, list, forget and limits: done"),
     (FAILED, "failed; batch: some row is an error line"),
     (USAGE, "wrong usage, a setting or job that cannot be, or no such job"),
     (INCOMPLETE, "incomplete: the model stopped early (length, content_filter)"),

@@ -11,7 +11,7 @@ from millstream.client import Client
 from millstream.meters import Gauge, Use
 from millstream.terminal import printable
 
-from . import exits
+from . import columns, exits
 from .standard import Standard
 
 COLUMNS: Final = (
@@ -53,16 +53,14 @@ def _time(at: float | None, standard: Standard) -> str:
 
 
 def _table(found: Sequence[Gauge], standard: Standard) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
     if not found:
         standard.say("no limits: none is set for a worker, and no upstream has asked for one")
         return
-    table = Table(box=SIMPLE_HEAD)
-    for name in COLUMNS:
-        table.add_column(name.removesuffix("_at").replace("_", " "), overflow="fold")
-    for each in found:
-        table.add_row(*[Text(printable(cell)) for cell in _cells(each, standard)])
-    standard.console().print(table)
+    head = [name.removesuffix("_at").replace("_", " ") for name in COLUMNS]
+    rows = [_cells(each, standard) for each in found]
+    lines = columns.aligned([head, *rows])
+    if columns.width(lines) > standard.columns:  # below each other then, a line for each thing that is known
+        blocks = (columns.aligned([pair for pair in zip(head, row, strict=True) if pair[1]]) for row in rows)
+        lines = [line for block in blocks for line in ("", *block)][1:]
+    for line in lines:
+        standard.write(line + "\n")

@@ -6,6 +6,7 @@ Text goes to stdout, everything else to stderr. A terminal gets nothing that cou
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,8 @@ class Standard:
 
     def say(self, text: str) -> None:
         """Write one line to stderr, whoever reads it. A stderr that is closed is no reason to stop."""
-        line = printable(" ".join(text.split()))
+        indent = text[: len(text) - len(text.lstrip(" "))]
+        line = printable(indent + " ".join(text.split()))
         self._to_stderr(line if len(line) <= LONGEST_LINE else line[:LONGEST_LINE] + " ...")
 
     def say_json(self, value: Any) -> None:
@@ -72,6 +74,11 @@ class Standard:
             self.stderr.flush()
         except OSError:
             pass
+
+    @property
+    def columns(self) -> int:
+        """Characters of a line on the terminal."""
+        return self.width or shutil.get_terminal_size().columns
 
     def console(self) -> Console:
         """Rich on stdout, for rules and tables. Imported here because only some commands need it."""

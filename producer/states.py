@@ -11,14 +11,15 @@ import msgspec
 
 from millstream.client import Client
 from millstream.status import Status
-from millstream.terminal import printable
 
-from . import exits
+from . import columns, exits
 from .notices import in_words
 from .standard import Standard
 
 COLUMNS: Final = ("id", "status", "lane", "model", "attempt", "seq", "created_at")
 """What `list` shows of each job, in this order."""
+SPARED: Final = ("lane", "attempt", "seq", "model", "created_at")
+"""What a narrow terminal is spared, the first first: an id that is cut or folded can no longer be copied."""
 
 
 def status(arguments: argparse.Namespace, client: Client, standard: Standard) -> int:
@@ -28,9 +29,8 @@ def status(arguments: argparse.Namespace, client: Client, standard: Standard) ->
         standard.write_json(found)
         return exits.DONE
     rows = [(name, text) for name in found.__struct_fields__ if (text := _shown(getattr(found, name), standard))]
-    width = max(len(name) for name, _ in rows)
-    for name, text in rows:
-        standard.write(f"{name:<{width}}  {text}\n" if standard.terminal else f"{name}\t{_cell(text)}\n")
+    for line in columns.aligned(rows) if standard.terminal else [f"{name}\t{_cell(text)}" for name, text in rows]:
+        standard.write(line + "\n")
     return exits.DONE
 
 
@@ -47,24 +47,23 @@ def listing(arguments: argparse.Namespace, client: Client, standard: Standard) -
         for each in shown:
             standard.write("\t".join(_cell(_shown(getattr(each, name), standard)) for name in COLUMNS) + "\n")
     if len(found) > len(shown):
-        standard.say(f"there are more than these {len(shown)}; --limit N shows more")
+        standard.say(f"there are more jobs; --limit N shows more than {len(shown)}")
     return exits.DONE
 
 
 def _table(jobs: Sequence[Status], standard: Standard) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
     if not jobs:
         standard.say("no jobs")
         return
-    table = Table(box=SIMPLE_HEAD)
-    for name in COLUMNS:
-        table.add_column(name.removesuffix("_at"), overflow="fold", no_wrap=name == "status")
-    for each in jobs:
-        table.add_row(*[Text(printable(_shown(getattr(each, name), standard))) for name in COLUMNS])
-    standard.console().print(table)
+    names = list(COLUMNS)
+    for spared in ("", *SPARED):
+        names = [name for name in names if name != spared]
+        head = [name.removesuffix("_at") for name in names]
+        lines = columns.aligned([head, *([_shown(getattr(each, name), standard) for name in names] for each in jobs)])
+        if columns.width(lines) <= standard.columns:
+            break
+    for line in lines:
+        standard.write(line + "\n")
 
 
 def _shown(value: Any, standard: Standard) -> str:
@@ -77,8 +76,18 @@ def _shown(value: Any, standard: Standard) -> str:
     if isinstance(value, dict):
         if "code" in value:
             return in_words(value)
+        if standard.terminal and "until" in value:
+            return _wait(value, standard)
         return msgspec.json.encode(value).decode()
     return str(value)
+
+
+def _wait(wait: dict[str, Any], standard: Standard) -> str:
+    """What a queued job waits for, and until about when."""
+    because = f"({wait['because']})" if wait.get("because") else ""
+    words = [*(str(wait.get(name) or "") for name in ("what", "upstream", "model")), because]
+    until = f"until about {_shown(wait['until'], standard)}" if wait["until"] else ""
+    return ", ".join(filter(None, (" ".join(filter(None, words)), until)))
 
 
 def _cell(text: str) -> str:

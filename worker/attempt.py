@@ -19,7 +19,6 @@ import structlog
 from millstream.calls import Claim
 from millstream.events import compact
 from millstream.job import Spec
-from millstream.meters import UNUSED
 from millstream.settings import Settings
 
 from .breaker import Ticket
@@ -27,9 +26,10 @@ from .choice import GuardedUpstream, Held, admit
 from .clocks import Clock, Ticker
 from .limiter import Grant, Limiter
 from .outbox import Outbox
+from .reservation import Reservation
 from .retries import ANNOUNCED, WAITING_ROOM, HandBack
 from .turns import Turns
-from .upstream import Answer, Counts, Finish, Logprobs, Part, Piece, UpstreamFailure, Usage, Verdict, continuation
+from .upstream import Answer, Finish, Logprobs, Part, Piece, UpstreamFailure, Usage, Verdict, continuation
 from .writer import Writer
 
 log = structlog.get_logger()
@@ -77,7 +77,7 @@ class Attempt:
         self._serving = serving
         self._again = again
         self._interrupted = interrupted
-        self._grant = grant  # the ticket of the next request, or of the one that runs
+        self._reservation = Reservation(means.limiter, spec, grant)
         self._upstream: GuardedUpstream | None = None  # the one asked last
         self._answer = Answer()
         self._partial = continuation.Partial() if spec.on_break == "continue" else None
@@ -150,48 +150,20 @@ class Attempt:
                 ticket.failed()
             else:
                 ticket.answered()
-            self._settle(refused=failure.status >= 400)
-            self._pass_on_limits(upstream, failure)
+            self._reservation.settle(self._answer, refused=failure.status >= 400)
+            self._reservation.pass_on(upstream, failure)
             raise
         except asyncio.CancelledError:
             ticket.dropped()
-            self._settle()
+            self._reservation.settle(self._answer)
             raise
         ticket.answered()
-        self._settle()
+        self._reservation.settle(self._answer)
         return verdict
 
     def give_back(self) -> None:
         """The attempt makes no further request."""
-        if self._grant is not None and self._means.limiter is not None:
-            self._means.limiter.settle(self._grant, UNUSED)
-        self._grant = None
-
-    def _heard(self, counts: Counts) -> None:
-        if self._grant is not None and self._means.limiter is not None:
-            self._means.limiter.counted(self._grant.meter, *counts)
-
-    def _settle(self, *, refused: bool = False) -> None:
-        """The request is over: what was reserved for it counts as what it took."""
-        grant, self._grant = self._grant, None
-        if grant is None or self._means.limiter is None:
-            return
-        usage = self._answer.measured or {}
-        took, answer = usage.get("total_tokens"), usage.get("completion_tokens")
-        if refused and not self._answer.pieces:
-            took = 0
-        self._means.limiter.settle(
-            grant, took if isinstance(took, int) else None, answer if isinstance(answer, int) else None
-        )
-
-    def _pass_on_limits(self, upstream: GuardedUpstream, failure: UpstreamFailure) -> None:
-        """Who wants to be left alone, is: by this process from now on, by all others with their next look."""
-        cools = failure.retryable and failure.retry_after is not None
-        if failure.retry_after is not None and cools:
-            upstream.guard.cool(self._spec.model, failure.retry_after)
-        limiter = self._means.limiter
-        if limiter is not None and (cools or (failure.retryable and failure.status == 429)):
-            limiter.refused(limiter.meter(upstream, self._spec.model), failure.retry_after, *failure.counts)
+        self._reservation.give_back()
 
     @property
     def _room(self) -> float:
@@ -205,7 +177,7 @@ class Attempt:
             waited += await self._wait(found.wait.seconds, waited, found.upstream, "upstream")
         upstream, ticket = found
         try:
-            while (seconds := await self._ticket(upstream, self._room - waited)) > 0:
+            while (seconds := await self._reservation.have(upstream, self._room - waited, again=self._again)) > 0:
                 waited += await self._wait(seconds, waited, upstream, "limit")
         except BaseException:
             ticket.dropped()
@@ -221,26 +193,6 @@ class Attempt:
             self._put(compact("retrying", error=error, delay=round(seconds, 3)))
         await asyncio.sleep(seconds)
         return seconds
-
-    async def _ticket(self, upstream: GuardedUpstream, room: float) -> float:
-        """Have a ticket for a request to this upstream: 0.0, or the seconds until it is worth asking again."""
-        limiter = self._means.limiter
-        if limiter is None:
-            return 0.0
-        meter = limiter.meter(upstream, self._spec.model)
-        if self._grant is not None:
-            if self._grant.meter.name == meter.name and self._grant.fresh(asyncio.get_running_loop().time()):
-                return 0.0
-            self.give_back()
-        elif not self._again and not limiter.watches(meter):
-            return 0.0
-        found = await limiter.again(meter, self._spec, room=room)
-        if found is None or isinstance(found, Grant):
-            self._grant = found
-            return 0.0
-        if found.outcome == "too_large":
-            raise too_large(found.tokens, meter.limits.tokens, upstream.name)
-        return max(found.seconds, 0.001)
 
     def _announce(self, upstream: GuardedUpstream) -> None:
         before, self._upstream = self._upstream, upstream
@@ -302,7 +254,7 @@ class Attempt:
 
         done = False
         try:
-            async with upstream.ask(body, None if self._grant is None else self._heard) as stream:
+            async with upstream.ask(body, self._reservation.heard if self._reservation.counted else None) as stream:
                 await stream.play(take, room)
                 done = stream.done
         except UpstreamFailure as failure:
@@ -369,12 +321,3 @@ def _out_of_time(code: str) -> UpstreamFailure:
         "total_timeout": "the answer took too long; the job's timeout or MILLSTREAM_TOTAL_TIMEOUT sets the time",
     }
     return UpstreamFailure(code, words[code], retryable=code != "total_timeout")
-
-
-def too_large(tokens: int, limit: int, upstream: str) -> UpstreamFailure:
-    """A request that no waiting makes possible."""
-    what = (
-        f"about {tokens:,} tokens (the prompt and the most it may answer) never fit into the {limit:,} that "
-        f"{upstream} is asked for in one window; shorten the prompt or lower max_tokens"
-    )
-    return UpstreamFailure("exceeds_limit", what, retryable=False)

@@ -39,10 +39,10 @@ def prompt_tokens(spec: Spec) -> int:
 def answer_tokens(spec: Spec) -> int | None:
     """The most that the answer may have, all choices together; None where the job does not say."""
     most = spec.params.get("max_completion_tokens", spec.params.get("max_tokens"))
-    if not isinstance(most, int):
+    if not isinstance(most, int) or most < 0:  # -1 is llama.cpp's word for no limit
         return None
     choices = spec.params.get("n") or 1
-    return max(0, most) * (choices if isinstance(choices, int) else 1)
+    return most * (choices if isinstance(choices, int) else 1)
 
 
 def _parts(content: Any) -> Iterator[str | None]:

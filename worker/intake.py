@@ -143,19 +143,29 @@ class Intake:
         await asyncio.sleep(AWAY)
 
     async def _turn_in(
-        self, taken: Sequence[tuple[int | None, str]], grants: Mapping[str, Grant] | None = None
+        self,
+        taken: Sequence[tuple[int | None, str]],
+        grants: Mapping[str, Grant] | None = None,
+        *,
+        want: int | None = None,
     ) -> None:
-        """Deliveries become running jobs; `grants`: the tickets of those that come from a line."""
+        """Deliveries become running jobs; `grants`: the tickets of those that come from a line.
+
+        `want`: how many tickets are taken at most, None: as many as there are free slots.
+        """
         entries = await self._insist(lambda: self._read(taken))
         leaves: dict[str, Leave] = dict(grants or {})
         if entries:
             # Before the claim: to parse many large specs takes seconds, in which nobody would renew the leases.
             specs = await self._insist(lambda: self._specs(entries))
             if grants is None:
-                admitted = await self._tickets.admit(entries, specs, self._free, self._insist)
+                admitted = await self._tickets.admit(entries, specs, self._free if want is None else want, self._insist)
                 entries, leaves = admitted.begin, admitted.leaves
                 for others in admitted.others:
                     await self._turn_in([(None, delivery) for delivery in others], others)
+                await self._count_anew(admitted.anew)
+                for entry in admitted.put_off:
+                    self._clerk.ended(entry, "error")
             await self._claim_all(entries, specs, leaves)
         for leave in leaves.values():  # of deliveries that are gone from under it
             self._tickets.give_back(leave)
@@ -183,10 +193,16 @@ class Intake:
     async def _serve_lines(self) -> bool:
         """Begin jobs whose turn in a line has come, own or others'. Whether there were any."""
         served = False
-        async for grants in self._tickets.due(lambda: min(self._free, BATCH), self._insist):
+        async for grants, anew in self._tickets.due(lambda: min(self._free, BATCH), self._insist):
             served = True
             await self._turn_in([(None, delivery) for delivery in grants], grants)
+            await self._count_anew(anew)
         return served
+
+    async def _count_anew(self, deliveries: Sequence[str]) -> None:
+        """A limit was lowered while these were in line: they fail as too large, or join the line once more."""
+        if deliveries:
+            await self._turn_in([(None, delivery) for delivery in deliveries], want=0)
 
     # Reading -----------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ set one, nothing is asked of Redis.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import secrets
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -24,12 +25,16 @@ from millstream.keys import Keys
 from millstream.meters import SLACK, UNUSED, Acquired, Leave, Meter, Place, Settlement
 
 from .estimate import answer_tokens, prompt_tokens
+from .line import KeysBrokenError
 
 AWAY: Final = 0.5
 """Seconds between tries while Redis is away."""
 
 TELL_EVERY: Final = 1 / 60
 """Of a window: how often at most one process repeats what a meter's upstream says of its counts."""
+
+BROKEN: Final = 60.0
+"""Seconds that a meter is left alone whose keys in Redis are not the limiter's."""
 
 FRESH: Final = 1 / 2
 """Of the slack: the age at which a ticket that was not used yet is given back, which leaves the rest for the request's
@@ -91,6 +96,7 @@ class Limiter:
     ) -> None:  # fmt: skip
         self._run, self._keys, self._lease = run, keys, lease
         self._asker = f"{asker}:{secrets.token_hex(4)}"
+        self._numbers = itertools.count(1)
         self._upstreams = {each.name: each for each in upstreams}
         self._lanes, self._intermediate = lanes, intermediate
         self._known: dict[tuple[str, str], Meter] = {}
@@ -99,6 +105,7 @@ class Limiter:
         self._tickets: dict[str, set[str]] = defaultdict(set)
         self._told: dict[str, _Told] = {}
         self._counted: dict[str, float] = {}
+        self._broken: dict[str, float] = {}  # by meter whose keys are broken, until when it is left alone
         self._work = asyncio.Event()
         self.freed = asyncio.Event()
         """Set when a line may move on."""
@@ -137,17 +144,18 @@ class Limiter:
     @property
     def lines(self) -> bool:
         """Whether jobs wait for a limit of this worker's upstreams."""
-        return bool(self._due)
+        return self.next_due is not None
 
     @property
     def next_due(self) -> float | None:
         """When a line is due next (the loop's time)."""
-        return min(self._due.values(), default=None)
+        now = self._now()
+        return min((at for name, at in self._due.items() if self._broken.get(name, now) <= now), default=None)
 
     def due(self) -> list[Meter]:
         """The meters whose line is due."""
         now = self._now()
-        return [self._named(name) for name, at in self._due.items() if at <= now]
+        return [self._named(name) for name, at in self._due.items() if at <= now and self._broken.get(name, now) <= now]
 
     def _named(self, name: str) -> Meter:
         upstream, _, model = name.partition("/")
@@ -161,14 +169,18 @@ class Limiter:
         One at a time, and again the same until it is answered; see `take`.
         """
         return meters.acquire(
-            self._keys, meter, places, lease=self._lease, asker=self._asker, call_id=secrets.token_hex(8), want=want,
+            self._keys, meter, places, lease=self._lease, asker=self._asker, number=next(self._numbers), want=want,
             lanes=self._lanes, intermediate=self._intermediate,
         )  # fmt: skip
 
     async def take(self, meter: Meter, call: Call[Acquired]) -> tuple[Acquired, dict[str, Grant]]:
-        """Run an acquire; the grants are by delivery. Raises RedisUnavailable."""
+        """Run an acquire; the grants are by delivery. Raises RedisUnavailable, KeysBrokenError for a broken meter."""
         asked_at = self._now()
-        found: Acquired = await self._run(call)
+        try:
+            found: Acquired = await self._run(call)
+        except KeysBrokenError as error:
+            self._say_broken(meter.name, error)
+            raise
         if found.again is None:
             self._due.pop(meter.name, None)
         else:
@@ -181,12 +193,16 @@ class Limiter:
         """A delivery's place in line."""
         return Place(delivery, job_id, lane, since, prompt_tokens(spec), answer_tokens(spec))
 
-    async def again(self, meter: Meter, spec: Spec, *, room: float) -> Grant | Leave | None:
+    def new_ticket(self) -> str:
+        """The name of a running job's next ticket."""
+        return f"{self._asker}:{secrets.token_hex(8)}"
+
+    async def again(self, meter: Meter, spec: Spec, ticket: str, *, room: float) -> Grant | Leave | None:
         """Leave for a further request of a running job: a grant, or what stands against it; None: nothing is counted.
 
-        Waits while Redis is away, where there is a limit to keep.
+        Asked again, it has the same `ticket`: that is its place before the line. Whoever does not ask again, or is
+        cancelled here, gives it up. Waits while Redis is away, where there is a limit to keep.
         """
-        ticket = f"{self._asker}:{secrets.token_hex(8)}"
         while True:
             asked_at = self._now()
             call = meters.again(
@@ -195,14 +211,14 @@ class Limiter:
             )  # fmt: skip
             try:
                 found: Leave = await self._run(call)
+            except KeysBrokenError as error:
+                self._say_broken(meter.name, error)
+                return Leave("wait", seconds=BROKEN, because="broken")
             except RedisUnavailable:
                 if not meter.limits:
                     return None
                 await asyncio.sleep(AWAY)
                 continue
-            except asyncio.CancelledError:
-                self._tell(meter).settled.append(Settlement(ticket, UNUSED))  # it may have been granted
-                raise
             if found.outcome != "granted":
                 return found
             self._tickets[meter.name].add(ticket)
@@ -213,6 +229,10 @@ class Limiter:
         tickets = self._tickets[grant.meter.name]
         tickets.discard(grant.ticket)
         self._tell(grant.meter).settled.append(Settlement(grant.ticket, took, answer))
+
+    def give_up(self, meter: Meter, ticket: str) -> None:
+        """A running job asks no more for a ticket; it may have been granted in a reply that nobody heard."""
+        self._tell(meter).settled.append(Settlement(ticket, UNUSED))
 
     # Learning ----------------------------------------------------------------------------------------------------
 
@@ -266,6 +286,10 @@ class Limiter:
                     again: float | None = await self._run(meters.settle(self._keys, name, settled))
                     del told.settled[: len(settled)]
                     self._line_moves(name, again)
+            except KeysBrokenError as error:  # it cannot be told; others can
+                self._say_broken(name, error)
+                told.settled.clear()
+                told.learned.clear()
             except RedisUnavailable:
                 self._work.set()
                 raise
@@ -283,9 +307,21 @@ class Limiter:
             if not tickets:
                 del self._tickets[name]
                 continue
-            lost = await self._run(meters.renew(self._keys, name, sorted(tickets), lease=self._lease))
+            try:
+                lost = await self._run(meters.renew(self._keys, name, sorted(tickets), lease=self._lease))
+            except KeysBrokenError as error:
+                self._say_broken(name, error)
+                continue
             if lost:
                 log.warning("limits.tickets_had_run_out", meter=name, tickets=lost)
+
+    def _say_broken(self, name: str, error: KeysBrokenError) -> None:
+        """Jobs of this meter wait, since nobody may ask without a ticket; those of other meters go on."""
+        now = self._now()
+        if self._broken.get(name, 0.0) <= now:
+            self._broken[name] = now + BROKEN
+            start = self._keys.limit.decode()
+            log.error("limits.broken", meter=name, reason=str(error), remedy=f"delete the broken ones of {start}*")
 
     def _tell(self, meter: Meter) -> _Told:
         self._work.set()

@@ -19,6 +19,10 @@ from millstream.errors import RedisUnavailable
 from millstream.redis_door import COMMAND_TIMEOUT, place
 
 
+class KeysBrokenError(RedisUnavailable):
+    """A script met a key that is not of its type, or holds what it cannot read: asking again does not mend it."""
+
+
 class Line:
     """Runs script calls, in order. Connects when it has to; a broken line fails the calls in flight."""
 
@@ -26,14 +30,15 @@ class Line:
         self._url = url
         self._options: dict[str, Any] = dict(parse_url(url))
         self._wire: _Wire | None = None
+        self._connecting = asyncio.Lock()
 
     async def run(self, call: Call[T]) -> T:
-        """The call's value. Raises RedisUnavailable when there is no answer, or one that says so."""
+        """The call's value. Raises RedisUnavailable when there is no answer, or one that says so; KeysBrokenError."""
         try:
             async with asyncio.timeout(COMMAND_TIMEOUT):
-                if self._wire is None or self._wire.lost:
-                    self._wire = await self._connect()
                 wire = self._wire
+                if wire is None or wire.lost:
+                    wire = await self._open()
                 script = call.load(header=True)
                 rest = (len(call.keys), *call.keys, *call.args)
                 reply = await wire.ask("EVALSHA", script.sha, *rest)
@@ -48,6 +53,8 @@ class Line:
         if isinstance(reply, hiredis.ReplyError):
             if str(reply).startswith(("READONLY", "MASTERDOWN")):
                 self.close()  # demoted: by now its address may lead to another server
+            if str(reply).startswith("WRONGTYPE") or (str(reply).startswith("ERR") and "user_script" in str(reply)):
+                raise KeysBrokenError(str(self._unavailable(str(reply)[:200])))
             raise self._unavailable(str(reply)[:200])
         return call.decode(reply)
 
@@ -59,6 +66,12 @@ class Line:
 
     def _unavailable(self, why: str) -> RedisUnavailable:
         return RedisUnavailable(f"Redis at {place(self._url)} does not serve the writer: {why}")
+
+    async def _open(self) -> _Wire:
+        async with self._connecting:  # calls at once share one: nobody would close the others
+            if self._wire is None or self._wire.lost:
+                self._wire = await self._connect()
+            return self._wire
 
     async def _connect(self) -> _Wire:
         loop, options = asyncio.get_running_loop(), self._options

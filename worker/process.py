@@ -84,6 +84,7 @@ class Process:
             worker=worker.name,
             limiter=self._limiter,
         )
+        self._sweeper = Sweeper(self._client, [each.name for each in upstreams])
         tickets = Tickets(self._client, self._upstreams, self._limiter)
         self._intake = Intake(self._client, worker, self._clerk, settings.streams, self._begin, tickets)
 
@@ -105,7 +106,7 @@ class Process:
             self._service(self._clerk.beat()),
             self._service(self._limiter.run()),
             self._service(Pulse(self._settings, self._services.writer.heartbeats).run()),
-            self._service(Sweeper(self._client).run()),
+            self._service(self._sweeper.run()),
             self._service(Repacker(self._client).run()),
         ]
         try:

@@ -28,11 +28,12 @@ from millstream.job import Spec
 from millstream.keys import Keys
 from millstream.settings import Settings
 
-from .attempt import Attempt, Means, too_large
+from .attempt import Attempt, Means
 from .choice import Upstreams
 from .clocks import Ticker
 from .limiter import Grant, Limiter, TooLarge
 from .outbox import Outbox
+from .reservation import too_large
 from .retries import HandBack, persist
 from .turns import Turns
 from .upstream import UpstreamFailure, Verdict
@@ -252,5 +253,5 @@ def _refusal(spec: Spec | SpecError, leave: Grant | TooLarge | None) -> Upstream
     if isinstance(spec, SpecError):  # somebody else wrote it: a producer's library checks before it sends
         return UpstreamFailure("invalid_spec", str(spec), retryable=False)
     if isinstance(leave, TooLarge):
-        return too_large(leave.tokens, leave.limit, leave.upstream)
+        return too_large(leave)
     return None

@@ -8,13 +8,15 @@ first.
 from __future__ import annotations
 
 import asyncio
-from typing import Final
+from collections.abc import Collection
+from typing import Any, Final
 
 import redis.exceptions
 import structlog
 
 from millstream import calls
 from millstream.async_client import AsyncClient
+from millstream.calls import patience_ms
 from millstream.delivery import job_of, queue_key
 from millstream.errors import RedisUnavailable
 from millstream.job import is_id
@@ -29,8 +31,9 @@ log = structlog.get_logger()
 class Sweeper:
     """Looks at the open jobs that are due."""
 
-    def __init__(self, client: AsyncClient) -> None:
+    def __init__(self, client: AsyncClient, upstreams: Collection[str] = ()) -> None:
         self._client = client
+        self._upstreams = upstreams  # those whose lines this worker serves
         self._healthy_since: float | None = None
 
     async def run(self) -> None:
@@ -72,14 +75,33 @@ class Sweeper:
             log.info("sweep.delivered_again", job=job_id, lane=lane, because=why)
 
     async def _lines(self, due: list[str]) -> dict[str, str]:
-        """The lines of limits in which some of the due jobs wait."""
+        """The lines of limits in which some of the due jobs wait, but for those that nobody serves."""
+        keys = self._client.keys
         pipe = self._client.redis.pipeline(transaction=False)
+        pipe.time()
+        pipe.zrange(keys.waiting, 0, -1, withscores=True)
         for job_id in due:
             pipe.hget(self._client.keys.state(job_id), "line")
-        found = await pipe.execute(raise_on_error=False)
+        clock, waiting, *found = await pipe.execute(raise_on_error=False)
+        served = self._served(clock, waiting)
         named = zip(due, found, strict=True)
-        start = self._client.keys.limit
-        return {job_id: line.decode() for job_id, line in named if isinstance(line, bytes) and line.startswith(start)}
+        return {job_id: line.decode() for job_id, line in named if isinstance(line, bytes) and line.decode() in served}
+
+    def _served(self, clock: Any, waiting: Any) -> set[str]:
+        """The lines that somebody serves.
+
+        Not one that no worker could know of, nor one of an upstream that is none of this worker's and that nobody else
+        has asked for long after its time: it was taken out of the settings, or has another name now.
+        """
+        if not isinstance(clock, tuple | list) or not isinstance(waiting, list):
+            return set()
+        settings, keys = self._client.settings, self._client.keys
+        old = clock[0] * 1000 - patience_ms(settings.lease)
+        names = [
+            name for name, at in ((name.decode(), at) for name, at in waiting)
+            if at > old or name.partition("/")[0] in self._upstreams
+        ]  # fmt: skip
+        return {keys.line(name, lane) for name in names for lane in LANES}
 
     async def _oldest(self, lane: str) -> int | None:
         """When the job at the head of a lane's queue was submitted (ms); None for an empty lane."""

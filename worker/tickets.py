@@ -13,17 +13,19 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, TypeVar
 
+import redis.exceptions
 import structlog
 
 from millstream.async_client import AsyncClient
 from millstream.calls import Call
-from millstream.errors import SpecError
+from millstream.errors import RedisUnavailable, SpecError
 from millstream.job import Spec
 from millstream.meters import UNUSED, Acquired, Meter, Place
 from millstream.redis_door import translated
 
 from .choice import PATIENCE, Upstreams, preferred
 from .limiter import Grant, Limiter, TooLarge
+from .line import KeysBrokenError
 from .rq_worker import Entry
 
 LOOK: Final = 1.0
@@ -50,12 +52,15 @@ class Insist(Protocol):
 class Admitted:
     """`begin`: the entries that go on to the claim, some of them only to fail as too large; `leaves`: by delivery.
 
-    `others`: grants by delivery of jobs that came first in a line and are not among the entries.
+    `others`: grants by delivery of jobs that came first in a line and are not among the entries; `anew`: deliveries
+    that left a line because its limit was lowered; `put_off`: entries whose meter is broken; a sweep brings them back.
     """
 
     begin: list[Entry] = field(default_factory=list)
     leaves: dict[str, Leave] = field(default_factory=dict)
     others: list[dict[str, Grant]] = field(default_factory=list)
+    anew: list[str] = field(default_factory=list)
+    put_off: list[Entry] = field(default_factory=list)
 
 
 class Tickets:
@@ -94,7 +99,14 @@ class Tickets:
 
     def note(self, replies: Sequence[Any]) -> None:
         """The three replies to `ask`."""
-        (seconds, micros), waiting, learned = replies
+        for reply in replies:
+            if isinstance(reply, redis.exceptions.RedisError):
+                if "WRONGTYPE" not in str(reply):
+                    raise RedisUnavailable(str(reply)) from reply
+                keys = self._client.keys
+                remedy = f"delete what is no sorted set of {keys.waiting} and {keys.learned}"
+                log.error("limits.broken", meter="all", reason=str(reply), remedy=remedy)
+        (seconds, micros), waiting, learned = [each if isinstance(each, list | tuple) else () for each in replies]
         self._limiter.note(seconds * 1000 + micros // 1000, waiting, learned)
         self._look_at = asyncio.get_running_loop().time() + LOOK
 
@@ -102,21 +114,25 @@ class Tickets:
         pipe = self._client.redis.pipeline(transaction=False)
         self.ask(pipe)
         with translated(self._client.settings.redis_url):
-            replies = await pipe.execute()
+            replies = await pipe.execute(raise_on_error=False)
         self.note(replies)
 
     # Tickets -----------------------------------------------------------------------------------------------------
 
-    async def due(self, free: Callable[[], int], insist: Insist) -> AsyncIterator[dict[str, Grant]]:
-        """Grants by delivery, of the lines whose time has come, at most as many as there are slots `free`."""
+    async def due(
+        self, free: Callable[[], int], insist: Insist
+    ) -> AsyncIterator[tuple[dict[str, Grant], Sequence[str]]]:
+        """Of the lines whose time has come: grants by delivery, and deliveries to be counted anew since they are too
+        large now; at most as many as there are slots `free`.
+        """
         self._limiter.freed.clear()
         if asyncio.get_running_loop().time() >= self._look_at:
             await self._look()
         for meter in self._limiter.due():
             if free() > 0:
-                _, grants = await self._take(meter, self._limiter.acquire(meter, (), free()), insist)
-                if grants:
-                    yield grants
+                taken = await self._take(meter, self._limiter.acquire(meter, (), free()), insist)
+                if taken is not None and (taken[0].granted or taken[0].too_large):
+                    yield taken[1], list(taken[0].too_large)
 
     async def admit(self, entries: Sequence[Entry], specs: Specs, free: int, insist: Insist) -> Admitted:
         """Sort entries into those that may begin now and those that wait in line from now on."""
@@ -150,11 +166,18 @@ class Tickets:
         self, meter: Meter, group: Sequence[Entry], specs: Specs, want: int, insist: Insist, admitted: Admitted
     ) -> None:
         call = self._limiter.acquire(meter, [self._place(entry, specs) for entry in group], want)
-        found, grants = await self._take(meter, call, insist)
+        taken = await self._take(meter, call, insist)
+        if taken is None:
+            admitted.put_off += group
+            return
+        found, grants = taken
         asked = {entry.rq_job.id for entry in group}
         leaves: dict[str, Leave] = {delivery: grant for delivery, grant in grants.items() if delivery in asked}
         for delivery, tokens in found.too_large.items():
-            leaves[delivery] = TooLarge(tokens, meter.limits.tokens, meter.upstream)
+            if delivery in asked:
+                leaves[delivery] = TooLarge(tokens, meter.limits.tokens, meter.upstream)
+            else:
+                admitted.anew.append(delivery)
         admitted.leaves.update(leaves)
         admitted.begin += [entry for entry in group if entry.rq_job.id in leaves]
         if others := {delivery: grant for delivery, grant in grants.items() if delivery not in asked}:
@@ -162,9 +185,18 @@ class Tickets:
         if left := len(asked) - len(leaves):
             log.info("limits.in_line", meter=meter.name, jobs=left, waiting=found.waiting, because=found.because)
 
-    async def _take(self, meter: Meter, call: Call[Acquired], insist: Insist) -> tuple[Acquired, dict[str, Grant]]:
-        """The same call until it is answered: only so its tickets are not lost with a reply."""
-        return await insist(lambda: self._limiter.take(meter, call))
+    async def _take(
+        self, meter: Meter, call: Call[Acquired], insist: Insist
+    ) -> tuple[Acquired, dict[str, Grant]] | None:
+        """The same call until it is answered: only so its tickets are not lost with a reply. None: a broken meter."""
+
+        async def ask() -> tuple[Acquired, dict[str, Grant]] | None:
+            try:
+                return await self._limiter.take(meter, call)
+            except KeysBrokenError:
+                return None
+
+        return await insist(ask)
 
     def _place(self, entry: Entry, specs: Specs) -> Place:
         spec = specs[entry.rq_job.id]

@@ -120,7 +120,14 @@ class Follower:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) not in (2, 3) or not all(each.isdecimal() for each in sys.argv[2:]):
+        sys.exit(f"usage: {sys.argv[0]} JOB [AFTER]; AFTER is the last seq you have, 0 for none")
     url = os.environ.get("REDIS_URL", "redis://127.0.0.1:6379/0")
     after = int(sys.argv[2]) if len(sys.argv) > 2 else 0
-    for each in Follower(redis.Redis.from_url(url, decode_responses=True), sys.argv[1], after).events():
-        print(json.dumps(each, ensure_ascii=False), flush=True)  # noqa: T201 - stdout is its interface
+    try:
+        for each in Follower(redis.Redis.from_url(url, decode_responses=True), sys.argv[1], after).events():
+            print(json.dumps(each, ensure_ascii=False), flush=True)  # noqa: T201 - stdout is its interface
+    except (LookupError, RuntimeError, redis.RedisError) as error:
+        sys.exit(str(error))
+    except (KeyboardInterrupt, BrokenPipeError):
+        os._exit(1)  # nothing is left to flush

@@ -223,7 +223,7 @@ class Course:
 
         replies = yield from self._ask(fill)
         for job_id, (status, wait) in zip(silent, replies, strict=True):
-            self.window.looked(job_id, status and status.decode(), _waits_for(wait), self._clock())
+            self.window.looked(job_id, status and status.decode(), waits_for(wait), self._clock())
 
     def _fetch(self, some: Sequence[Fetching]) -> Steps:
         def fill(pipe: Any) -> None:
@@ -286,7 +286,7 @@ class Course:
         return words(error, self._settings.redis_url)
 
 
-def _waits_for(wait: bytes | None) -> str:
+def waits_for(wait: bytes | None) -> str:
     """What a queued job waits for, in a word or two."""
     if not wait:
         return ""
@@ -296,4 +296,5 @@ def _waits_for(wait: bytes | None) -> str:
         return "something"
     if not isinstance(found, dict):
         return str(found)[:40]
-    return " ".join(str(found[name]) for name in ("what", "limit", "upstream") if found.get(name))[:60] or "something"
+    named = " ".join(str(found[name]) for name in ("what", "upstream") if found.get(name))[:60] or "something"
+    return f"{named} ({str(found['because'])[:20]})" if found.get("because") else named

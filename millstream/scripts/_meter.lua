@@ -28,7 +28,7 @@ local COUNTS = 15 -- the fields up to here change with every call
 local clock = call('TIME')
 local now = clock[1] * 1000 + floor(clock[2] / 1000)
 local m, read = {}, {}
-local width, slot, running, keep
+local width, slot, running, keep, count
 
 local function int(number)
   return string.format('%.0f', number)
@@ -68,18 +68,29 @@ local function open_meter(window, look)
     local value = tonumber(found[i] or 0)
     m[name], read[name] = value, value
   end
-  if window and m.window ~= window then -- slots of another width say nothing
+  local function measure()
+    width = max(1, floor(m.window / SLOTS))
+    slot = floor(now / width)
+  end
+  measure()
+  local carried
+  if not look and (window and m.window ~= window or m.from > slot) then
+    -- Slots of another width, or of a server whose clock was ahead: what they hold counts as used now.
+    slide(m.from, slot - SLOTS - SLACK, '', false)
+    carried = {[0] = {m.r - m.br, m.t - m.bt}, {m.br, m.bt}}
     call('DEL', USED)
     for i = 2, 11 do
       m[FIELDS[i]] = 0
     end
     m.kept = 0
-    m.window = window
+    m.window = window or m.window
+    measure()
   end
-  width = max(1, floor(m.window / SLOTS))
-  slot = floor(now / width)
   m.near = slide(m.near, slot - floor(SLOTS / 6) - SLACK, 'n', false)
   m.from = slide(m.from, slot - SLOTS - SLACK, '', not look)
+  for lane = 0, carried and 1 or -1 do
+    count(slot, lane, carried[lane][1], carried[lane][2])
+  end
   if look then
     running = call('ZCOUNT', TICKETS, '(' .. int(now), '+inf')
     return
@@ -95,6 +106,7 @@ local function open_meter(window, look)
     call('ZREM', TICKETS, ticket)
   end
   running = call('ZCARD', TICKETS)
+  m.holding = min(m.holding, running) -- the tickets may have expired as a whole
   -- Times to live are set where a key begins, and again six times a window.
   keep = now - m.kept >= m.window / 6
   if keep then
@@ -124,9 +136,9 @@ local function save_meter(lease)
   end
 end
 
--- Add to the counts of a slot. A slot that has left gives nothing back.
-local function count(at, lane, requests, tokens)
-  if at < m.from then
+-- Add to the counts of a slot. A slot that has left gives nothing back, nor one of another width.
+function count(at, lane, requests, tokens)
+  if at < m.from or at > slot then
     return
   end
   local function add(prefix)
@@ -244,14 +256,16 @@ end
 
 local function grant(ticket, lane, tokens, lease)
   count(slot, lane, 1, tokens)
-  call('HSET', HELD, ticket, lane .. ':' .. int(slot) .. ':' .. int(tokens))
+  local new = call('HSET', HELD, ticket, lane .. ':' .. int(slot) .. ':' .. int(tokens)) == 1
   call('ZADD', TICKETS, now + lease, ticket)
   if running == 0 then
     call('PEXPIRE', TICKETS, lease + m.window)
     call('PEXPIRE', HELD, lease + m.window)
   end
-  running = running + 1
-  m.holding = m.holding + lane
+  if new then -- a delivery may have stood in line twice
+    running = running + 1
+    m.holding = m.holding + lane
+  end
 end
 
 local function set_limits(name, rpm, tpm, streams, share)

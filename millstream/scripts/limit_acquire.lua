@@ -2,22 +2,27 @@
 --
 -- KEYS  1 to 11 as _meter says  12 RQ's intermediate list of interactive  13 of batch  then per job: its state
 -- ARGV  1 the meter's name  2 requests  3 tokens a window  4 streams at once (0: no limit)  5 interactive's share
---       6 window (ms)  7 lease of a ticket (ms)  8 who asks  9 a random id of this call
+--       6 window (ms)  7 lease of a ticket (ms)  8 who asks  9 the number of this call, larger than those before
 --       10 how many tickets at most  11 the lanes to serve: 0 interactive, 1 batch ('01', '0', '1')
 --       12 what a job waits for, JSON without its closing brace  13 number of jobs, then per job:
 --       delivery, lane, place (when it was submitted, ms), tokens of the prompt, most tokens of the answer ('': unknown)
 -- Returns {waiting, ms until it is worth asking again (-1: nobody waits), why, granted 'DELIVERY:TOKENS ...', too large
 -- 'DELIVERY:TOKENS ...'}. Granted deliveries may be others than those that joined: who comes first goes first. A
 -- delivery is its own ticket. All of a request is granted, or nothing; who waits has used nothing.
+-- Too large may be some of the line, too, after a limit was lowered: they have left it, to be counted anew.
 -- A job that stays in line says so in its state, and its delivery leaves the intermediate list for the line.
 -- Interactive goes first, but of twenty tickets one is batch's when both wait.
--- A lost reply may be retried: the last answer to each asker is kept for a minute.
+-- A lost reply may be retried: the last answer to each asker is kept for a minute. A call that comes later than a newer
+-- one of its asker does nothing: nobody waits for its tickets any more.
 -- flags: allow-oom
 -- uses: _meter
 
-local REPLIES, asker, id = KEYS[8], ARGV[8], ARGV[9]
+local REPLIES, asker, number = KEYS[8], ARGV[8], ARGV[9]
 local before = call('HGET', REPLIES, asker)
-if before and string.sub(before, 1, #id + 1) == id .. '|' then
+local last = before and tonumber(string.match(before, '^%d+')) or 0
+if last > tonumber(number) then
+  return {0, -1, '', '', ''}
+elseif last == tonumber(number) then
   local waiting, wait, why, granted, large = string.match(before, '^[^|]*|([^|]*)|([^|]*)|([^|]*)|([^|]*)|(.*)$')
   return {tonumber(waiting), tonumber(wait), why, granted, large}
 end
@@ -42,14 +47,27 @@ end
 
 local waits = {[0] = call('ZCARD', LINES[0]), call('ZCARD', LINES[1])}
 local heads = {}
-local function head(lane)
-  if not heads[lane] and waits[lane] > 0 and string.find(ARGV[11], lane, 1, true) then
-    heads[lane] = call('ZRANGE', LINES[lane], 0, 0)[1]
-  end
-  return heads[lane]
-end
 local function tokens_of(member)
   return tonumber(string.match(member, '%d+$'))
+end
+local function leave(lane, member)
+  call('ZREM', LINES[lane], member)
+  waits[lane] = waits[lane] - 1
+  heads[lane] = nil
+  m.behind = m.behind - tokens_of(member)
+  want = want - 1
+end
+local function head(lane)
+  while want > 0 and not heads[lane] and waits[lane] > 0 and string.find(ARGV[11], lane, 1, true) do
+    local member = call('ZRANGE', LINES[lane], 0, 0)[1]
+    if m.tpm > 0 and tokens_of(member) > m.tpm then -- the limit was lowered meanwhile
+      large[#large + 1] = member
+      leave(lane, member)
+    else
+      heads[lane] = member
+    end
+  end
+  return heads[lane]
 end
 
 -- Requests again within an attempt go before the line; a place there lapses with its score.
@@ -57,6 +75,9 @@ local granted, why, at, foreign = {}, '', nil, false
 local front = call('ZCOUNT', FRONT, '(' .. int(now), '+inf') > 0
 while want > 0 do
   local chat, row = head(0), head(1)
+  if want <= 0 then
+    break
+  end
   local lane = chat and not (row and m.streak >= 19) and 0 or 1
   local member = head(lane)
   if not member then
@@ -77,14 +98,10 @@ while want > 0 do
   if why then
     break
   end
-  call('ZREM', LINES[lane], member)
-  waits[lane] = waits[lane] - 1
-  heads[lane] = nil
-  m.behind = m.behind - tokens
+  leave(lane, member)
   m.streak = lane == 0 and row and m.streak + 1 or 0
   grant(string.match(member, '^(.*):%d+$'), lane, tokens, lease)
   granted[#granted + 1] = member
-  want = want - 1
 end
 
 local waiting = waits[0] + waits[1]
@@ -131,7 +148,7 @@ end
 
 save_meter(lease)
 local reply = {waiting, wait, why or '', table.concat(granted, ' '), table.concat(large, ' ')}
-call('HSET', REPLIES, asker, id .. '|' .. int(waiting) .. '|' .. int(wait) .. '|' .. reply[3] .. '|' .. reply[4] .. '|' .. reply[5])
+call('HSET', REPLIES, asker, number .. '|' .. int(waiting) .. '|' .. int(wait) .. '|' .. reply[3] .. '|' .. reply[4] .. '|' .. reply[5])
 if not before or keep then
   call('PEXPIRE', REPLIES, max(60000, window))
 end

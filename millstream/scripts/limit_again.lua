@@ -5,7 +5,8 @@
 --       answer ('': unknown)  12 ms the job may wait where it is
 -- Returns {'granted', tokens}  {'too_large', tokens, limit}  {'wait', ms, why}: nothing was used; ask again then
 -- Such a request goes before the line. When its wait is short enough, the line stands still for it until 2 s after its
--- time: by then whoever waits has asked again, or is dead. After a cool-down alone there is enough for all.
+-- time: by then whoever waits has asked again, with the same ticket, or is dead. Who gives up settles it as never asked.
+-- After a cool-down alone there is enough for all.
 -- A lost reply may be retried: a ticket that is held is granted.
 -- flags: allow-oom
 -- uses: _meter
@@ -28,7 +29,9 @@ if why then
   local scarce = rpm > 0 or tpm > 0 or m.streams > 0
   if scarce and wait <= tonumber(ARGV[12]) then
     call('ZADD', FRONT, at + 2000, ticket)
-    call('PEXPIRE', FRONT, wait + 2000)
+    if call('PTTL', FRONT) < wait + 2000 then
+      call('PEXPIRE', FRONT, wait + 2000)
+    end
   end
   save_meter()
   return {'wait', wait, why}

@@ -2,7 +2,7 @@
 --
 -- KEYS  1 to 11 as _meter says
 -- ARGV  1 the meter's name  then per ticket: ticket, tokens it took in all, tokens of its answer
---       ('': unknown, as reserved; tokens -1: it was never asked, all of it comes back)
+--       ('': unknown, as reserved; tokens -1: it was never asked, all of it comes back, its place before the line, too)
 -- Returns {settled, waiting, ms until it is worth asking (-1: nobody waits)}
 -- Too much reserved comes back to the slot it was taken from; too little is a debt that counts from now on.
 -- A lost reply may be retried: a ticket is settled once.
@@ -14,6 +14,9 @@ local settled = 0
 for i = 2, #ARGV, 3 do
   local ticket, took, answer = ARGV[i], tonumber(ARGV[i + 1]), tonumber(ARGV[i + 2])
   local record = call('HGET', HELD, ticket)
+  if took and took < 0 then
+    call('ZREM', FRONT, ticket)
+  end
   if record then
     local lane, at, reserved = string.match(record, '(%d+):(%d+):(%d+)')
     lane, at, reserved = tonumber(lane), tonumber(at), tonumber(reserved)

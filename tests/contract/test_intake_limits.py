@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import pytest
 
-from millstream import AsyncClient, Client, Settings
+from millstream import AsyncClient, Client, Settings, meters
 from millstream.calls import Claim, Ending, Frame, append, holder
 from millstream.errors import SpecError
 from millstream.events import compact
@@ -23,7 +23,9 @@ from worker.clerk import Clerk
 from worker.intake import Intake
 from worker.limiter import Grant, Limiter, TooLarge
 from worker.line import Line
+from worker.reservation import Reservation
 from worker.rq_worker import Entry, StreamWorker
+from worker.sweeper import Sweeper
 from worker.tickets import Leave, Tickets
 from worker.upstream import UpstreamSettings
 
@@ -45,6 +47,7 @@ class Desk:
     limiter: Limiter
     clerk: Clerk
     nap: float
+    upstream: GuardedUpstream
     started: list[tuple[float, str, Leave]]
     intake: Intake = field(init=False)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
@@ -71,7 +74,14 @@ class Desk:
 
 @asynccontextmanager
 async def fleet(
-    settings: Settings, limits: Limits, *, workers: int = 1, slots: int = 200, nap: float = 0.01, **more: Limits
+    settings: Settings,
+    limits: Limits,
+    *,
+    workers: int = 1,
+    slots: int = 200,
+    nap: float = 0.01,
+    called: str = "up",
+    **more: Limits,
 ) -> AsyncIterator[tuple[list[Desk], list[tuple[float, str, Leave]]]]:
     """Intakes that run, and the list of what began: when, which job, with what leave."""
     desks: list[Desk] = []
@@ -80,7 +90,7 @@ async def fleet(
     intakes: list[asyncio.Task[None]] = []
     lines: list[Line] = []
     upstream = GuardedUpstream(
-        UpstreamSettings(name="up", base_url="http://127.0.0.1:9/v1", limits=limits, models_limits=more),
+        UpstreamSettings(name=called, base_url="http://127.0.0.1:9/v1", limits=limits, models_limits=more),
         connections=1, connect_timeout=1,
     )  # fmt: skip
     for number in range(workers):
@@ -94,7 +104,7 @@ async def fleet(
             intermediate=[worker.intermediate_of(queue) for queue in queues],
         )  # fmt: skip
         clerk = Clerk(worker)
-        desk = Desk(settings, client, limiter, clerk, nap, started)
+        desk = Desk(settings, client, limiter, clerk, nap, upstream, started)
         tickets = Tickets(client, Upstreams([upstream]), limiter)
         desk.intake = Intake(client, worker, clerk, slots, desk.begin, tickets)
         desks.append(desk)
@@ -201,3 +211,124 @@ async def test_ten_thousand_waiting_jobs_cost_next_to_nothing(client: Client, se
     end_line(client.redis, client.keys, "up/m", "batch")
     for number in range(2000):
         client.cancel(f"b{number}")
+
+
+async def test_a_broken_meter_is_in_nobodys_way(client: Client, settings: Settings) -> None:
+    """Somebody wrote to its key: its jobs wait and are not lost, those of other models begin, and settle."""
+    meter = client.keys.meter("up/tight")
+    client.redis.set(meter[2], "x", ex=60)
+    submit(client, 3, model="tight")
+    async with fleet(settings, Limits(streams=2), tight=Limits(streams=1)) as (desks, started):
+        learned = Meter("up", "tight", Limits(streams=1))
+        desks[0].limiter.refused(learned, 1.0, meters.Count(), meters.Count())
+        for number in range(10):
+            client.submit("x", id=f"other-{number}", model="other")
+        await until(lambda: len(started) == 10)
+        assert {job_id.partition("-")[0] for _, job_id, _ in started} == {"other"}
+        assert client.status("job-0").status == "queued"
+        assert not desks[0].limiter.lines, "it is left alone for a while"
+        client.redis.delete(meter[2])
+        for number in range(3):
+            assert client.cancel(f"job-{number}") == "cancelled"
+    assert client.limits()[-1].streams.used == 0 or client.limits()[0].streams.used == 0
+
+
+@pytest.mark.parametrize("name", ["waiting", "learned"])
+async def test_a_broken_list_of_meters_stops_no_worker(client: Client, settings: Settings, name: str) -> None:
+    """Jobs without a limit go on."""
+    client.redis.set(getattr(client.keys, name), "x", ex=60)
+    async with fleet(settings, Limits()) as (_, started):
+        submit(client, 1, model="m")
+        await until(lambda: started)
+        await asyncio.sleep(1.2)  # it has looked again by then
+        client.submit("x", id="second", model="m")
+        await until(lambda: len(started) == 2)
+    client.redis.delete(getattr(client.keys, name))
+
+
+async def test_a_lowered_limit_refuses_who_is_too_large_for_it_now(client: Client, settings: Settings) -> None:
+    """Of those in line, one that says how long its answer may be fails; one whose answer is estimated still runs."""
+    before = Meter("up", "m", Limits(tokens=2000))
+    client.run(learn(client.keys, before, cool=60))
+    client.submit("x", id="large", model="m", max_tokens=1500)
+    client.submit("x", id="open", model="m")
+    async with fleet(settings, before.limits) as _:
+        await until(lambda: client.limits() and client.limits()[0].waiting["interactive"] == 2)
+    async with fleet(settings, Limits(tokens=200)) as (_, started):
+        end_cool_down(client.redis, client.keys, "up/m")
+        await until(lambda: len(started) == 2)
+    found = {job_id: leave for _, job_id, leave in started}
+    assert isinstance(found["large"], TooLarge)
+    assert isinstance(found["open"], Grant)
+    assert found["open"].tokens == 200
+
+
+async def test_a_running_job_keeps_its_place_before_the_line(client: Client, settings: Settings) -> None:
+    """It asks again with the ticket it waits for; given up, nothing of it stays."""
+    limits = Limits(streams=1)
+    async with fleet(settings, limits) as (desks, _):
+        limiter = desks[0].limiter
+        front = client.keys.meter("up/m")[6]
+        up, spec = desks[0].upstream, Spec(model="m", messages=[{"role": "user", "content": "x"}])
+        holds, waits, gone = (Reservation(limiter, spec, None) for _ in range(3))
+        assert await holds.have(up, 5.0, again=True) == 0.0
+        for _ in range(2):
+            assert await waits.have(up, 5.0, again=True) > 0
+        assert await gone.have(up, 5.0, again=True) > 0
+        assert client.redis.zcard(front) == 2
+        gone.give_back()
+        holds.give_back()
+        await until(lambda: client.redis.zcard(front) == 1 and client.limits()[0].streams.used == 0)
+        assert await waits.have(up, 5.0, again=True) == 0.0
+        assert client.redis.zcard(front) == 0
+        waits.give_back()
+        await until(lambda: client.limits()[0].streams.used == 0)
+        client.redis.set(client.keys.meter("up/m")[6], "x", ex=60)
+        assert await waits.have(up, 5.0, again=True) > 5, "a broken meter is no leave: the job goes back to the queue"
+        client.redis.delete(client.keys.meter("up/m")[6])
+        waits.give_back()
+
+
+@pytest.mark.parametrize("lost", ["settings", "waiting"])
+async def test_jobs_in_a_line_that_nobody_serves_are_delivered_again(
+    client: Client, settings: Settings, lost: str
+) -> None:
+    """Their upstream has another name since a deploy, or the list of lines is gone: they join another line, or run."""
+    submit(client, 3, model="m")
+    client.run(learn(client.keys, Meter("up", "m", Limits(streams=1)), cool=60))
+    async with fleet(settings, Limits(streams=1)):
+        await until(lambda: client.limits() and client.limits()[0].waiting["interactive"] == 3)
+    line = client.keys.line("up/m", "interactive")
+    client.redis.zadd(client.keys.waiting, {"up/m": 0})
+    called = "renamed"
+    if lost == "waiting":
+        client.redis.delete(client.keys.waiting)
+        end_cool_down(client.redis, client.keys, "up/m")
+        client.redis.zrem(client.keys.waiting, "up/m")
+        called = "up"
+    async with fleet(settings, Limits(streams=1), called=called) as (desks, started):
+        sweeper = Sweeper(desks[0].client, [called])
+        client.redis.zadd(client.keys.open, {f"job-{number}": 1 for number in range(3)})
+        await sweeper._sweep([f"job-{number}" for number in range(3)])
+        await until(lambda: len(started) == 3)
+    assert sorted(job_id for _, job_id, _ in started) == ["job-0", "job-1", "job-2"]
+    end_line(client.redis, client.keys, "up/m", "interactive")
+    assert not client.redis.exists(line)
+
+
+async def test_a_line_that_others_serve_is_left_to_them(client: Client, settings: Settings) -> None:
+    """A worker of another upstream sweeps, too: what is asked for in time is in good hands."""
+    submit(client, 1, model="m")
+    client.run(learn(client.keys, Meter("up", "m", Limits(streams=1)), cool=60))
+    async with fleet(settings, Limits(streams=1)) as (desks, _):
+        await until(lambda: client.limits() and client.limits()[0].waiting["interactive"] == 1)
+        client.redis.zadd(client.keys.open, {"job-0": 1})
+        await Sweeper(desks[0].client, ["other"])._sweep(["job-0"])
+        client.redis.zadd(client.keys.waiting, {"up/m": 1})
+        client.redis.zadd(client.keys.open, {"job-0": 1})
+        await Sweeper(desks[0].client, ["up"])._sweep(["job-0"])
+        assert client.redis.llen("rq:queue:millstream-interactive") == 0
+        assert client.limits()[0].waiting["interactive"] == 1
+        client.cancel("job-0")
+        end_cool_down(client.redis, client.keys, "up/m")
+        await until(lambda: client.limits()[0].waiting["interactive"] == 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -34,6 +34,7 @@ from tests.contract.conftest import Hands
 LEASE: Final = 15.0
 INTERMEDIATE: Final = ("rq:queue:millstream-interactive:intermediate", "rq:queue:millstream-batch:intermediate")
 LANES: Final = ("interactive", "batch")
+NUMBERS: Final = itertools.count(1)
 
 
 @dataclass
@@ -73,7 +74,7 @@ class Desk:
     ) -> Acquired:  # fmt: skip
         return self.hands.send(
             acquire(
-                self.client.keys, self.meter, places, lease=lease, asker=asker, call_id=secrets.token_hex(8),
+                self.client.keys, self.meter, places, lease=lease, asker=asker, number=next(NUMBERS),
                 want=want, lanes=lanes, intermediate=INTERMEDIATE,
             )
         )  # fmt: skip

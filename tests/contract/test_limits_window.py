@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import itertools
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -18,6 +18,8 @@ from millstream.meters import SLACK, UNUSED, WINDOW, Limits, Meter, Place, Settl
 from millstream.testing import fake_client
 
 SLOT: Final = WINDOW / 120
+
+_NUMBERS: Final = itertools.count(1)
 
 
 class Clock:
@@ -87,7 +89,7 @@ class Fleet:
         found = self.run(
             acquire(
                 self.client.keys, Meter("up", "m", self.limits), places, lease=15.0, asker="w",
-                call_id=secrets.token_hex(8), want=want, lanes=("interactive", "batch"), intermediate=("i", "b"),
+                number=next(_NUMBERS), want=want, lanes=("interactive", "batch"), intermediate=("i", "b"),
             )
         )  # fmt: skip
         for delivery, tokens in found.granted.items():

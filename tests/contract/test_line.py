@@ -147,6 +147,19 @@ def test_a_dropped_idle_connection_is_made_again(client: Client, valkey: Valkey,
     play(valkey.url, body)
 
 
+def test_calls_at_once_share_one_connection(client: Client, valkey: Valkey, play: Runner) -> None:
+    """Many ask at the same moment once the server is back: whoever opened one of its own would leave it open."""
+
+    async def body(line: Line) -> None:
+        for _ in range(2):
+            await asyncio.gather(*(line.run(ask(client)) for _ in range(20)))
+            [ours] = connections(client.redis)
+            client.redis.client_kill_filter(_id=ours["id"])
+            await until(lambda: line._wire is None or line._wire.lost)
+
+    play(valkey.url, body)
+
+
 def test_a_connection_dropped_under_a_call_fails_that_call(client: Client, valkey: Valkey, play: Runner) -> None:
     """Whoever waits is told at once that there is no answer, and asks again."""
 

@@ -31,6 +31,13 @@ def test_every_setting_reaches_the_worker() -> None:
     assert known - DECIDED_HERE - SERVICES["worker"]["environment"].keys() == set()
 
 
+def test_what_is_read_where_a_job_is_submitted_reaches_the_producer() -> None:
+    """A producer with another lease than its workers looks after a queued job at another time (docs/operations.md)."""
+    here = (ROOT / "docs" / "operations.md").read_text().split("are read where a job is submitted, too", 1)[0]
+    read = set(re.findall(r"`(MILLSTREAM_\w+)`", here.rsplit("\n- ", 1)[1])) | {"MILLSTREAM_PREFIX", "MILLSTREAM_MODEL"}
+    assert {"MILLSTREAM_LEASE", "MILLSTREAM_RETENTION"} <= read <= SERVICES["producer"]["environment"].keys()
+
+
 def test_secrets_are_passed_by_name_alone() -> None:
     """The files are shared and committed; the key goes to the worker only."""
     assert SERVICES["worker"]["environment"]["OPENAI_API_KEY"] is None

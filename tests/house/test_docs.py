@@ -65,6 +65,19 @@ def test_every_log_event_stands_in_its_table_with_its_fields() -> None:
     assert len(rows) == len(shown)
 
 
+def test_every_code_of_an_error_of_ours_stands_in_the_wire() -> None:
+    """Programs decide by the code."""
+    calls = [node for path in (ROOT / "worker").rglob("*.py") for node in ast.walk(ast.parse(path.read_text()))]
+    given = [
+        node.args[0]
+        for node in calls
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "UpstreamFailure" and node.args
+    ]
+    codes = {str(each.value) for each in given if isinstance(each, ast.Constant)}
+    assert len(codes) > 8
+    assert {code for code in codes if f"`{code}`" not in _page("wire.md")} == set()
+
+
 def test_every_script_stands_in_the_wires_table() -> None:
     """A client in another language calls them by this page."""
     rows = _rows(_section(_page("wire.md"), "Scripts"))

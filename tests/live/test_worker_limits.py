@@ -10,11 +10,12 @@ from typing import Any, Final
 
 import pytest
 
+from millstream import Client, Settings
 from millstream.meters import SLACK, Limits, Meter, learn
 from tests.oracle import end_cool_down, end_line
 from tests.upstream import Stall, Text, WaitFor, answer, rate_limited
 from tests.worker_process import WorkerProcess, wait_until
-from tests.world import LEASE, World
+from tests.world import LEASE, SHORTEST, World
 
 QUICK: Final = answer(Text(3, seed=2), usage=True)
 
@@ -270,3 +271,27 @@ def test_tokens_are_settled_by_what_was_used(limited: Callable[[str], World]) ->
     gauge = world.client.limits()[0]
     assert 0 < gauge.tokens.used < 2000
     assert gauge.requests.used == 20
+
+
+def test_jobs_in_line_outlast_a_deploy_that_renames_their_upstream(limited: Callable[[str], World]) -> None:
+    """Nobody serves the old line any more: once it has stood still for four leases they are delivered again."""
+    world = limited("streams = 1")
+    world.environ["MILLSTREAM_LEASE"] = f"{SHORTEST:g}"
+    world.client = Client(settings=Settings.from_env(world.environ))
+    world.upstream.on(answer(Text(2, seed=1), WaitFor("go"), Text(2, seed=1)), prompt="holds")
+    before = world.worker()
+    holds = world.submit("holds")
+    asked(world, "holds")
+    waiting = [world.submit(f"waits {number}", lane="batch") for number in range(5)]
+    in_line(world, waiting[-1])
+    world.upstream.open_gate("go")
+    before.terminate()
+    before.wait()
+    left = [job_id for job_id in waiting if world.client.status(job_id).status == "queued"]
+    file = Path(world.environ["MILLSTREAM_UPSTREAMS"])
+    file.write_text(file.read_text().replace("upstreams.up", "upstreams.renamed"))
+    world.worker()
+    for job_id in (holds, *waiting):
+        assert world.outcome(job_id).status == "completed"
+    assert left, "some of them were in line"
+    end_line(world.redis, world.keys, "up/scripted", "batch")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from millstream.batch import window as window_module
 from millstream.batch.answer import Answer
-from millstream.batch.course import STEP
+from millstream.batch.course import STEP, waits_for
 from millstream.batch.row import Reader
 from millstream.batch.source import Objects
 from millstream.batch.window import MAX_LOST
@@ -124,6 +124,18 @@ def test_a_server_that_is_away_at_the_beginning_is_an_error() -> None:
     """Nobody wants to wait for a wrong address."""
     with pytest.raises(RedisUnavailable):
         list(Run(Model(), source(rows(1)), 1).lists(lambda: True))
+
+
+@pytest.mark.parametrize(
+    ("wait", "words"),
+    [
+        (None, ""), (b'{"what":"upstream","upstream":"up"}', "upstream up"), (b"?", "something"),
+        (b'{"what":"limit","upstream":"up","model":"m","because":"tokens"}', "limit up (tokens)"),
+    ],
+)  # fmt: skip
+def test_what_rows_wait_for_is_counted_by_a_few_words(wait: bytes | None, words: str) -> None:
+    """Which upstream, and which of its limits: what one can do about it differs."""
+    assert waits_for(wait) == words
 
 
 def test_a_refusal_that_waiting_does_not_mend_is_an_error() -> None:

@@ -19,6 +19,7 @@ from producer.batch_ledger import Lines
 from producer.batch_output import Output, OutputBusyError
 from producer.batch_progress import duration, in_words, summary
 from producer.batch_tally import Tally
+from tests.unit.producer_typed import standard, written
 
 
 def line(custom_id: str, content: str = "Hi") -> bytes:
@@ -333,6 +334,14 @@ def test_a_summary_counts_the_reasons() -> None:
         "20 s, 500.1 rows/s; 1,000,000 prompt tokens, 200,000 completion tokens, 1.2346 USD",
         "  2 x timeout", "  1 x model_not_found",
     ]  # fmt: skip
+
+
+def test_the_reasons_stand_below_what_they_explain() -> None:
+    """A line that begins with blanks keeps them on its way to the terminal."""
+    streams = standard()
+    for line in summary(STATE):
+        streams.say(line)
+    assert written(streams)[1].splitlines()[2:] == ["  2 x timeout", "  1 x model_not_found"]
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(0.25, "0.2 s"), (59, "59 s"), (61, "1 min 1 s"), (3725, "1 h 2 min")])

@@ -69,6 +69,14 @@ def test_panels_stand_side_by_side_and_show_the_newest_text() -> None:
     assert max(map(len, picture.splitlines())) <= 90
 
 
+def test_a_panel_too_narrow_for_status_and_rate_keeps_the_status_whole() -> None:
+    """Half a word says nothing: three panels on 80 columns have room for one of the two."""
+    rows = [fed(started(1), chunk(2, "a", at=200.0), chunk(3, "b", at=201.0, n=20)) for _ in range(3)]
+    assert drawn(*rows, width=120).count("in_progress · 20 tokens/s") == 3
+    narrow = drawn(*rows, width=80)
+    assert (narrow.count("in_progress"), narrow.count("·"), narrow.count("…")) == (3, 0, 0)
+
+
 def printed(row: Row) -> str:
     return "\n".join(PlainLines("[1]").feed(chunk(2, row.transcript.text + "\n")))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 
 import pytest
@@ -173,6 +174,17 @@ def test_status_json_is_everything_and_inert_on_a_terminal(desk: Desk) -> None:
     assert all(line.isprintable() for line in shown.splitlines())
 
 
+def test_status_on_a_terminal_says_in_words_what_a_job_waits_for(desk: Desk) -> None:
+    """Until when is a time of day there, not a number; in a pipe and with --json it stays what it is."""
+    desk.job("j")
+    wait = {"what": "limit", "upstream": "up", "model": "m/1", "because": "tokens"}
+    fields = {"wait": json.dumps(wait), "until": "1795746532560"}
+    desk.client.redis.hset(desk.client.keys.state("j"), mapping=fields)
+    (shown,) = [line for line in typed(desk.client, "status", "j", terminal=True).out.splitlines() if "wait" in line]
+    assert re.fullmatch(r"wait +limit up m/1 \(tokens\), until about 2026-11-2\d \d\d:\d\d:52", shown)
+    assert json.loads(typed(desk.client, "status", "j", "--json").out)["wait"] == {**wait, "until": 1795746532.56}
+
+
 def test_list_in_a_pipe_is_tsv_and_with_json_one_object_a_line(desk: Desk) -> None:
     """Open jobs first, then the newest ended."""
     desk.ended("completed", "old")
@@ -195,7 +207,7 @@ def test_list_keeps_one_state_and_says_when_there_are_more(desk: Desk) -> None:
     desk.ended("completed")
     found = typed(desk.client, "list", "--state", "failed", "--limit", "2")
     assert [line.split("\t")[0] for line in found.out.splitlines()] == ["f2", "f1"]
-    assert "more than these 2" in found.err
+    assert found.err == "there are more jobs; --limit N shows more than 2\n"
     assert typed(desk.client, "list", "--state", "failed", "--limit", "3").err == ""
 
 
@@ -207,7 +219,7 @@ def test_limits_shows_each_meter(desk: Desk) -> None:
     places = [Place(f"j{i}-00000000", f"j{i}", "batch", i, 10, 90) for i in range(3)]
     desk.client.run(
         acquire(
-            keys, meter, places, lease=15, asker="w", call_id="1", want=9, lanes=("batch",), intermediate=("i", "b")
+            keys, meter, places, lease=15, asker="w", number=1, want=9, lanes=("batch",), intermediate=("i", "b")
         )
     )  # fmt: skip
     desk.client.run(learn(keys, meter, cool=60))
@@ -221,9 +233,12 @@ def test_limits_shows_each_meter(desk: Desk) -> None:
     row = typed(desk.client, "limits").out.rstrip("\n").split("\t")
     assert row[:7] == ["up", "m/1", "1/100", "100/-", "1/1", "0", "2"]
     assert row[7].endswith("Z")
-    shown = typed(desk.client, "limits", terminal=True, width=140).out
-    for word in ("waiting", "cooling until", "m/1", "1/100"):
-        assert word in shown
+    head, below = typed(desk.client, "limits", terminal=True, width=140).out.splitlines()
+    for word in ("waiting", "cooling until"):
+        assert word in head
+    assert below.split()[:7] == ["up", "m/1", "1/100", "100/-", "1/1", "0", "2"]
+    narrow = typed(desk.client, "limits", terminal=True, width=60).out.splitlines()
+    assert narrow[1:3] == ["model          m/1", "requests       1/100"]
 
 
 def test_list_on_a_terminal_is_a_table(desk: Desk) -> None:
@@ -231,9 +246,25 @@ def test_list_on_a_terminal_is_a_table(desk: Desk) -> None:
     assert typed(desk.client, "list", terminal=True).err == "no jobs\n"
     desk.ended("completed", "j")
     out = typed(desk.client, "list", terminal=True, width=100).out
-    assert out.split()[:2] != ["j", "completed"]
-    assert "status" in out
-    assert "completed" in out
+    head, row = out.splitlines()
+    assert head.split() == ["id", "status", "lane", "model", "attempt", "seq", "created"]
+    assert row.split()[:3] == ["j", "completed", "interactive"]
+
+
+@pytest.mark.parametrize(
+    ("width", "head"),
+    [
+        (140, "id status lane model attempt seq created"), (100, "id status model attempt seq created"),
+        (79, "id status model created"), (40, "id status"),
+    ],
+)  # fmt: skip
+def test_list_on_a_narrow_terminal_leaves_columns_out(desk: Desk, width: int, head: str) -> None:
+    """An id is there to be copied: it stands in one piece on its job's one line."""
+    job_id = "e7a4439825e5e3d139394753e49dae89"
+    desk.client.submit("Hi", id=job_id, model="smollm2-135m")
+    found = typed(desk.client, "list", terminal=True, width=width).out.splitlines()
+    assert found[0].split() == head.split()
+    assert [line.split()[0] for line in found[1:]] == [job_id]
 
 
 def test_submit_follow_streams_the_text_and_gives_the_id_on_stderr(desk: Desk) -> None:

@@ -9,6 +9,13 @@ import pytest
 from millstream import errors
 from millstream.events import TERMINAL_STATUSES
 from producer import exits
+from producer.__main__ import COMMANDS
+
+
+def test_the_help_names_every_command_that_is_done_or_not() -> None:
+    """What a command without an ending of its own says with 0."""
+    told = dict(exits.MEANINGS)[exits.DONE]
+    assert [name for name in set(COMMANDS) - {"submit", "follow", "result"} if name not in told] == []
 
 
 def test_every_ending_of_a_job_has_its_own_exit_status() -> None:

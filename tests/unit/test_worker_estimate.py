@@ -38,3 +38,9 @@ def test_an_image_is_not_counted_by_its_bytes() -> None:
 def test_the_most_of_an_answer_is_what_the_job_allows(params: dict[str, Any], most: int | None) -> None:
     """All choices together; None where it does not say."""
     assert answer_tokens(spec(**params)) == most
+
+
+def test_minus_one_is_no_limit() -> None:
+    """llama.cpp and its like mean by it that an answer may be as long as it likes, not that it has no tokens."""
+    assert answer_tokens(spec(max_tokens=-1)) is None
+    assert answer_tokens(spec(max_tokens=0)) == 0

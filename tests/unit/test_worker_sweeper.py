@@ -86,7 +86,7 @@ class Replica:
 
     async def execute(self, **_options: Any) -> list[Any]:
         lines, self.lines = self.lines, False
-        return [None] if lines else [(2, 0), [(b"j", 1.0)]]
+        return [(2, 0), [], None] if lines else [(2, 0), [(b"j", 1.0)]]
 
     async def lindex(self, _key: str, _index: int) -> None:
         return None
