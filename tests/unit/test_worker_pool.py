@@ -500,3 +500,38 @@ def test_an_address_that_is_no_http_is_refused_in_words(play: Play) -> None:
             await transport.handle_async_request(httpx2.Request("POST", "ftp://127.0.0.1/"))
 
     play(story())
+
+
+def test_an_idle_connection_that_was_reset_is_not_used_before_the_loop_has_seen_it(play: Play) -> None:
+    """The reset lies in the socket already: a request over it would fail, and be a request that nobody saw."""
+    resets, has_reset = threading.Event(), threading.Event()
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def answer_twice() -> None:
+        for number in range(2):
+            served, _ = listening.accept()
+            with served:
+                served.recv(4096)
+                served.sendall(OK)
+                if number == 0:
+                    resets.wait(10)
+                    served.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
+            has_reset.set()
+
+    async def story() -> None:
+        connected = Pool(4, 5.0)
+        origin = Origin(False, "127.0.0.1", listening.getsockname()[1])
+        for _ in range(2):
+            response = await connected.ask(origin, REQUEST)
+            assert await response.read(100, 5.0) == b"hello"
+            resets.set()
+            assert has_reset.wait(10)  # the loop stands still, and sees nothing of it
+        connected.close()
+
+    server = threading.Thread(target=answer_twice)
+    server.start()
+    try:
+        play(story())
+    finally:
+        server.join()
+        listening.close()

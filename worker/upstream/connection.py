@@ -10,6 +10,7 @@ be right, and a connection on which more came than was asked for is not used aga
 from __future__ import annotations
 
 import asyncio
+import select
 from collections import deque
 from collections.abc import Callable
 from typing import Final, Protocol, cast
@@ -273,6 +274,12 @@ class Connection(asyncio.Protocol):
         else:
             self._transport.write(request)
         return response
+
+    def silent(self) -> bool:
+        """Whether nothing has come on an idle connection, not even its end, which the loop may not have seen yet."""
+        waiting = select.poll()
+        waiting.register(self._transport.get_extra_info("socket").fileno(), select.POLLIN)
+        return not waiting.poll(0)
 
     def status(self) -> int:
         """The status of the head that is being read."""

@@ -78,7 +78,12 @@ class Pool:
 
     def _take_idle(self, origin: Origin) -> Connection | None:
         idle = self._idle.get(origin)
-        return idle.popitem()[0] if idle else None
+        while idle:
+            connection = idle.popitem()[0]
+            if connection.silent():
+                return connection
+            connection.abort()
+        return None
 
     def _now_idle(self, origin: Origin, connection: Connection) -> None:
         loop = asyncio.get_running_loop()
