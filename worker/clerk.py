@@ -63,15 +63,17 @@ class Clerk:
         self._work.clear()
         while self._started or self._ended:
             started, ended = self._started[:MAX_BATCH], self._ended[:MAX_BATCH]
+            # Out of the lists first: whoever cancels this does not stop the thread, and nothing is to be written twice.
+            del self._started[: len(started)], self._ended[: len(ended)]
             try:
-                await self.do(self._worker.book, started, ended)
-            except redis.exceptions.WatchError:
-                continue  # a dependent came meanwhile: look again
+                await asyncio.shield(self.do(self._worker.book, started, ended))
             except redis.exceptions.RedisError as error:
+                self._started[:0], self._ended[:0] = started, ended
+                if isinstance(error, redis.exceptions.WatchError):
+                    continue  # a dependent came meanwhile: look again
                 log.warning("rq.books_wait", reason=str(error)[:200], waiting=len(self._started) + len(self._ended))
                 self._work.set()
                 return False
-            del self._started[: len(started)], self._ended[: len(ended)]
         return True
 
     async def beat(self) -> None:

@@ -6,7 +6,7 @@ import random
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -18,7 +18,7 @@ from tests.contract.consumers import Consumer
 from tests.faults.report import Experiment
 from tests.tally import TALLY
 from tests.upstream import Chunk as Part
-from tests.upstream import Stall, Text, WaitFor, answer, expected_text, seed_of
+from tests.upstream import Exchange, Stall, Text, WaitFor, answer, expected_text, seed_of
 from tests.upstream.journal import Journal
 from tests.worker_process import WorkerProcess, wait_until
 from tests.world import LEASE, SHORTEST, World
@@ -137,7 +137,7 @@ def test_a_frozen_worker_is_fenced_when_it_wakes(world: World, experiment: Exper
         wait_until(partial(passed, asleep, 3 * LEASE), "three leases have passed")
         frozen.thaw()
         awake = time.monotonic()
-        world.upstream.journal.wait_for(lambda journal: journal.open_streams == 0)
+        wait_until(partial(all_closed, exchanges), "every connection of the frozen worker is closed")
         let_go += [each.closed_at - awake for each in exchanges if each.closed_at is not None]
         for job_id in jobs:
             frozen.wait_for("job.ended", job=job_id, status="fenced")
@@ -152,6 +152,10 @@ def test_a_frozen_worker_is_fenced_when_it_wakes(world: World, experiment: Exper
         assert len(let_go) == 10 * (trial + 1)
         assert max(let_go) < 1.0
     experiment.note(f"{len(let_go)} connections of frozen workers closed {max(let_go):.3f} s after SIGCONT at most")
+
+
+def all_closed(exchanges: Sequence[Exchange]) -> bool:
+    return all(each.closed_at is not None for each in exchanges)
 
 
 def passed(since: float, seconds: float) -> bool:

@@ -117,6 +117,7 @@ def test_a_plain_subscriber_sees_the_events_of_the_log(shared: World) -> None:
     job_id = shared.submit(prompt)
     with shared.redis.pubsub(ignore_subscribe_messages=True) as pubsub:
         shared.held("plain")
+        shared.wait_for_seq(job_id, 1)  # nothing more is said until the gate opens
         before = shared.seq(job_id)
         pubsub.subscribe(shared.keys.chunks(job_id))
         wait_until(lambda: shared.redis.pubsub_numsub(shared.keys.chunks(job_id))[0][1] == 1, "subscribed")

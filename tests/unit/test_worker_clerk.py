@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 from typing import Any, Final, cast
 
 import pytest
@@ -67,6 +68,32 @@ def at_work(books: Books, test: Callable[[Clerk], Coroutine[Any, Any, None]]) ->
             clerk._thread.shutdown(wait=True)
 
     asyncio.run(main())
+
+
+def test_who_is_stopped_while_writing_writes_nothing_twice() -> None:
+    """A process that ends cancels the clerk: what its thread has in hand is written, and not once more at the close."""
+    writing, may_end = threading.Event(), threading.Event()
+
+    class Slow(Books):
+        def book(self, started: Sequence[Entry], ended: Sequence[tuple[Entry, str]]) -> None:
+            writing.set()
+            assert may_end.wait(10)
+            super().book(started, ended)
+
+    books = Slow()
+
+    async def test(clerk: Clerk) -> None:
+        clerk.started(entry("job"))
+        flushing = asyncio.create_task(clerk.flush())
+        await asyncio.to_thread(writing.wait, 10)
+        flushing.cancel()
+        with suppress(asyncio.CancelledError):
+            await flushing
+        clerk.ended(entry("job"), "completed")
+        may_end.set()
+
+    at_work(books, test)
+    assert books.batches == [(["job"], []), ([], [("job", "completed")])]
 
 
 def test_a_crowd_is_written_at_once_and_beside_the_loop() -> None:
