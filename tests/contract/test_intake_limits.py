@@ -123,9 +123,9 @@ async def fleet(
         for desk in desks:
             await desk.limiter.flush()
             await desk.clerk.flush()
+            desk.clerk._thread.shutdown()  # once it has written what it had in hand
         await desks[0].client.redis.delete(*(f"rq:finished:{settings.keys.queue(lane)}" for lane in LANES))
         for desk in desks:
-            desk.clerk._thread.shutdown()
             await desk.client.close()
         for line in lines:
             line.close()
