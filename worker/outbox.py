@@ -37,6 +37,8 @@ KEPT_SLACK: Final = KEPT // 4
 """The buffer is cut back when it exceeds KEPT by this, not at every event."""
 
 _CHUNK_STARTS: Final = (b'"', b"[", b'{"type":"chunk"')
+_TEXT_STARTS: Final = (*_CHUNK_STARTS, b'{"type":"resumed"')
+"""Also a seam, which says nothing without the text before it."""
 
 Stopped = Callable[[str], None]
 
@@ -132,7 +134,7 @@ class Outbox:
         """Forget the chunks nobody has seen, because the attempt they belong to broke."""
         self._texts.clear()
         self._length = self._merged = 0
-        self._waiting = deque(event for event in self._waiting if not event.startswith(_CHUNK_STARTS))
+        self._waiting = deque(event for event in self._waiting if not event.startswith(_TEXT_STARTS))
         self._shrink()
 
     def _close_text(self) -> None:

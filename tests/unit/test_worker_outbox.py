@@ -126,6 +126,15 @@ def test_settled_means_nothing_waits_and_nothing_is_out(outbox: Outbox) -> None:
     assert settled(outbox)
 
 
+def test_a_seam_goes_with_the_text_it_stands_in(outbox: Outbox) -> None:
+    """After a text that was dropped it would tell of an answer that nobody can read."""
+    outbox.text(0, "a")
+    outbox.event(compact("resumed"))
+    outbox.event(compact("retrying", error={}, delay=2.0))
+    outbox.drop_chunks()
+    assert outbox.freeze().events == [compact("retrying", error={}, delay=2.0)]
+
+
 def test_chunks_nobody_saw_may_be_dropped(outbox: Outbox) -> None:
     """Those of a request that broke; events of other kinds stay, and what is frozen stays too."""
     outbox.event(STARTED)
