@@ -7,6 +7,7 @@ command that plays the same schedule again.
 from __future__ import annotations
 
 import gc
+import os
 import random
 import subprocess
 import sys
@@ -32,6 +33,7 @@ SHOWN = 300
 
 KEPT = {
     10348: "RQ's stop of a job that a failover had lost ended its whole worker",
+    146152415: "an attempt that was given up left the seams of a text that had been dropped",
 }
 """Seeds that showed a fault of the product when they were found; unit tests hold what they taught."""
 
@@ -63,14 +65,18 @@ def seed(request: pytest.FixtureRequest) -> int | None:
     return given
 
 
-def test_every_guarantee_holds_in_every_schedule(round_: int, seed: int | None, say: Callable[[str], None]) -> None:
+def test_every_guarantee_holds_in_every_schedule(
+    round_: int, seed: int | None, say: Callable[[str], None], request: pytest.FixtureRequest
+) -> None:
     """Guarantees 1 to 7, whatever dies, stops, leaves, comes late, is lost or comes twice."""
     if seed is not None:
         if round_ == 0:
             schedule, checked = _play(seed, lines=10**6)
             say(f"schedule {seed}: {checked} events checked, faults {schedule.network.injected}")
         return
-    first, began = random.SystemRandom().randrange(10**9), time.monotonic()
+    # In CI always the same stretch, so that a change is judged by itself; new ones are tried everywhere else.
+    new = not os.environ.get("CI") or request.config.getoption("--soak")
+    first, began = random.SystemRandom().randrange(10**9) if new else 1, time.monotonic()
     played = checked = events = 0
     faults: Counter[str] = Counter()
     while played < SHORT and (played < LEAST or time.monotonic() - began < SECONDS):
