@@ -8,6 +8,7 @@ from typing import Any, Final
 import pytest
 
 from millstream.events import Chunk, Started
+from tests.live.short_answers import GOOD, SHORT_CLOCKS, WHOLE
 from tests.upstream import Chunk as Part
 from tests.upstream import (
     Done,
@@ -27,12 +28,7 @@ from tests.upstream import (
 )
 from tests.world import KEY, World
 
-N: Final = 12
-WHOLE: Final = expected_text(N, 1)
-GOOD: Final = answer(Text(N, seed=1))
-ENVIRON: Final = {
-    "MILLSTREAM_IDLE_TIMEOUT": "0.6", "MILLSTREAM_FIRST_TOKEN_TIMEOUT": "1.2", "MILLSTREAM_RETRIES": "2",
-}  # fmt: skip
+ENVIRON: Final = SHORT_CLOCKS
 
 
 def test_messages_are_the_upstreams_own_and_inert(shared: World) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Final
 import pytest
 
 from millstream.events import AnyEvent, Started
+from tests.live.short_answers import GOOD, SHORT_CLOCKS, WHOLE, N
 from tests.upstream import (
     BOM,
     Close,
@@ -45,12 +46,7 @@ from tests.upstream import (
 from tests.upstream import Chunk as Part
 from tests.world import World
 
-N: Final = 12
-WHOLE: Final = expected_text(N, 1)
-GOOD: Final = answer(Text(N, seed=1))
-ENVIRON: Final = {
-    "MILLSTREAM_IDLE_TIMEOUT": "0.6", "MILLSTREAM_FIRST_TOKEN_TIMEOUT": "1.2", "MILLSTREAM_RETRIES": "2",
-}  # fmt: skip
+ENVIRON: Final = SHORT_CLOCKS
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from millstream.events import Retrying, Started
+from tests.live.short_answers import GOOD, SHORT_CLOCKS, WHOLE, N
 from tests.upstream import Chunk as Part
 from tests.upstream import (
     Comment,
@@ -26,12 +27,7 @@ from tests.upstream import (
 from tests.worker_process import wait_until
 from tests.world import KEY, World
 
-N: Final = 12
-WHOLE: Final = expected_text(N, 1)
-GOOD: Final = answer(Text(N, seed=1))
-ENVIRON: Final = {
-    "MILLSTREAM_IDLE_TIMEOUT": "0.6", "MILLSTREAM_FIRST_TOKEN_TIMEOUT": "1.2", "MILLSTREAM_RETRIES": "2",
-}  # fmt: skip
+ENVIRON: Final = SHORT_CLOCKS
 
 
 def until_a_date(_: Request) -> Script:
