@@ -82,29 +82,31 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Acquired:
-    """What an acquire gave: `granted` and `too_large` as tokens by delivery; `again`: seconds until it is worth asking
-    for those in line, None when nobody is.
+    """What an acquire gave: `granted` and `too_large` as tokens by delivery; `again`: seconds until the first in line
+    may get its ticket, None when nobody waits; `turn`: seconds until it is the asker's turn to fetch one.
     """
 
     granted: dict[str, int]
     too_large: dict[str, int]
     waiting: int
     again: float | None
+    turn: float
     because: str
 
 
 def acquire(
     keys: Keys, meter: Meter, places: Sequence[Place], *, lease: float, asker: str, number: int, want: int,
-    lanes: Sequence[str], intermediate: Sequence[str],
+    lanes: Sequence[str], intermediate: Sequence[str], turn: float = 0.0,
 ) -> Call[Acquired]:  # fmt: skip
     """Let these deliveries join the line, and take up to `want` tickets for the first of it.
 
-    `intermediate`: RQ's intermediate lists by lane. `number`: of this call, larger than those before it. At most
-    one such call of an asker may run at a time and meter.
+    `intermediate`: RQ's intermediate lists by lane. `number`: of this call, larger than those before it. `turn`:
+    seconds until the asker's turn, as an earlier answer said; 0.0 when it has come, or there is none. At most one such
+    call of an asker may run at a time and meter.
     """
     waits_for = msgspec.json.encode({"what": "limit", "upstream": meter.upstream, "model": meter.model})[:-1]
     served = "".join(str(at) for at, lane in enumerate(LANES) if lane in lanes)
-    args = [*_fixed(meter, lease), asker, number, want, served, waits_for, len(places)]
+    args = [*_fixed(meter, lease), asker, number, want, served, waits_for, int(turn * 1000), len(places)]
     for each in places:
         args += (each.delivery, LANES.index(each.lane), each.since, each.prompt, _tokens(each.most))
     names = [*keys.meter(meter.name), *intermediate, *(keys.state(each.job_id) for each in places)]
@@ -112,9 +114,9 @@ def acquire(
 
 
 def _acquired(reply: Sequence[Any]) -> Acquired:
-    waiting, wait, because, granted, large = reply
-    again = int(wait) / 1000 if int(wait) >= 0 else None
-    return Acquired(_members(granted), _members(large), int(waiting), again, because.decode())
+    waiting, wait, turn, because, granted, large = reply
+    again = wait / 1000 if wait >= 0 else None
+    return Acquired(_members(granted), _members(large), waiting, again, turn / 1000, because.decode())
 
 
 def _members(text: bytes) -> dict[str, int]:
@@ -133,9 +135,13 @@ class Leave:
 
 
 def again(
-    keys: Keys, meter: Meter, ticket: str, lane: str, prompt: int, most: int | None, *, lease: float, room: float
-) -> Call[Leave]:
-    """Leave for a further request of a running job, which can wait `room` seconds where it is."""
+    keys: Keys, meter: Meter, ticket: str, lane: str, prompt: int, most: int | None, *, lease: float, room: float,
+    instead_of: str = "",
+) -> Call[Leave]:  # fmt: skip
+    """Leave for a further request of a running job, which can wait `room` seconds where it is.
+
+    `instead_of`: a ticket that it holds and will not use; whatever the answer, it is given back.
+    """
 
     def decode(reply: Sequence[Any]) -> Leave:
         outcome = reply[0].decode()
@@ -143,7 +149,7 @@ def again(
             return Leave(outcome, seconds=int(reply[1]) / 1000, because=reply[2].decode())
         return Leave(outcome, int(reply[1]))
 
-    args = [*_fixed(meter, lease), ticket, LANES.index(lane), prompt, _tokens(most), int(room * 1000)]
+    args = [*_fixed(meter, lease), ticket, LANES.index(lane), prompt, _tokens(most), int(room * 1000), instead_of]
     return Call("limit_again", keys.meter(meter.name), args, decode)
 
 

@@ -1,8 +1,7 @@
-"""The worker's side of the shared limiter: which meters there are, the tickets this process holds, what it tells Redis.
+"""The worker's side of the shared limiter: which meters there are, and the tickets this process asks for.
 
 Taking tickets for jobs that begin is the intake's; a running job's further requests ask here. What is settled, renewed
-or learned is sent by one task, in batches, so that no stream waits for it. Where no limit is set and no upstream has
-set one, nothing is asked of Redis.
+or learned is the teller's. Where no limit is set and no upstream has set one, nothing is asked of Redis.
 """
 
 from __future__ import annotations
@@ -10,9 +9,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import secrets
-from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 import structlog
@@ -26,15 +24,11 @@ from millstream.meters import SLACK, UNUSED, Acquired, Leave, Meter, Place, Sett
 
 from .estimate import answer_tokens, prompt_tokens
 from .line import KeysBrokenError
-
-AWAY: Final = 0.5
-"""Seconds between tries while Redis is away."""
+from .lines import BROKEN, Lines
+from .teller import AWAY, Teller
 
 TELL_EVERY: Final = 1 / 60
 """Of a window: how often at most one process repeats what a meter's upstream says of its counts."""
-
-BROKEN: Final = 60.0
-"""Seconds that a meter is left alone whose keys in Redis are not the limiter's."""
 
 FRESH: Final = 1 / 2
 """Of the slack: the age at which a ticket that was not used yet is given back, which leaves the rest for the request's
@@ -78,15 +72,6 @@ class TooLarge:
     upstream: str
 
 
-@dataclass(slots=True)
-class _Told:
-    """What waits to be sent for one meter."""
-
-    meter: Meter
-    settled: list[Settlement] = field(default_factory=list)
-    learned: list[Call[float]] = field(default_factory=list)
-
-
 class Limiter:
     """All meters of one process."""
 
@@ -101,12 +86,10 @@ class Limiter:
         self._lanes, self._intermediate = lanes, intermediate
         self._known: dict[tuple[str, str], Meter] = {}
         self._learned: dict[str, float] = {}  # by meter, until when an upstream's word holds
-        self._due: dict[str, float] = {}  # by meter with a line, when it is worth asking
-        self._tickets: dict[str, set[str]] = defaultdict(set)
-        self._told: dict[str, _Told] = {}
         self._counted: dict[str, float] = {}
-        self._broken: dict[str, float] = {}  # by meter whose keys are broken, until when it is left alone
-        self._work = asyncio.Event()
+        self._lines = Lines()
+        self._teller = Teller(run, keys, lease=lease, moves=self._line_moves, broken=self._say_broken)
+        self.run, self.flush = self._teller.run, self._teller.flush
         self.freed = asyncio.Event()
         """Set when a line may move on."""
 
@@ -125,37 +108,35 @@ class Limiter:
 
     def watches(self, meter: Meter) -> bool:
         """Whether requests of this meter need tickets now."""
-        return bool(meter.limits) or meter.name in self._due or self._learned.get(meter.name, 0.0) > self._now()
+        return bool(meter.limits) or meter.name in self._lines or self._learned.get(meter.name, 0.0) > self._now()
 
     def busy_for(self, meter: Meter) -> float:
         """At least so many seconds nobody more in line gets a ticket; 0.0 where that is not known."""
-        return max(0.0, self._due.get(meter.name, 0.0) - self._now())
+        return self._lines.busy_for(meter.name, self._now())
 
     def note(self, now_ms: int, waiting: Sequence[tuple[bytes, float]], learned: Sequence[tuple[bytes, float]]) -> None:
         """What Redis says: meters with a line, by when their next job is due, and meters that upstreams limit (ms)."""
         here = self._now()
         self._learned = {name.decode(): here + (until - now_ms) / 1000 for name, until in learned if until > now_ms}
-        self._due = {
-            name: here + max(0.0, (at - now_ms) / 1000)
-            for name, at in ((name.decode(), at) for name, at in waiting)
-            if name.partition("/")[0] in self._upstreams
-        }
+        lines = [(name.decode(), here + max(0.0, (at - now_ms) / 1000)) for name, at in waiting]
+        self._lines.looked((name, due) for name, due in lines if self._ours(name))
 
     @property
     def lines(self) -> bool:
         """Whether jobs wait for a limit of this worker's upstreams."""
-        return self.next_due is not None
+        return self.next_ask is not None
 
     @property
-    def next_due(self) -> float | None:
-        """When a line is due next (the loop's time)."""
-        now = self._now()
-        return min((at for name, at in self._due.items() if self._broken.get(name, now) <= now), default=None)
+    def next_ask(self) -> float | None:
+        """When it is worth asking for a line next (the loop's time)."""
+        return self._lines.next(self._now())
 
-    def due(self) -> list[Meter]:
-        """The meters whose line is due."""
-        now = self._now()
-        return [self._named(name) for name, at in self._due.items() if at <= now and self._broken.get(name, now) <= now]
+    def to_ask(self) -> list[Meter]:
+        """The meters whose line is to be asked for now."""
+        return [self._named(name) for name in self._lines.to_ask(self._now())]
+
+    def _ours(self, name: str) -> bool:
+        return name.partition("/")[0] in self._upstreams
 
     def _named(self, name: str) -> Meter:
         upstream, _, model = name.partition("/")
@@ -170,7 +151,7 @@ class Limiter:
         """
         return meters.acquire(
             self._keys, meter, places, lease=self._lease, asker=self._asker, number=next(self._numbers), want=want,
-            lanes=self._lanes, intermediate=self._intermediate,
+            lanes=self._lanes, intermediate=self._intermediate, turn=self._lines.turn(meter.name, self._now()),
         )  # fmt: skip
 
     async def take(self, meter: Meter, call: Call[Acquired]) -> tuple[Acquired, dict[str, Grant]]:
@@ -181,12 +162,9 @@ class Limiter:
         except KeysBrokenError as error:
             self._say_broken(meter.name, error)
             raise
-        if found.again is None:
-            self._due.pop(meter.name, None)
-        else:
-            self._due[meter.name] = self._now() + found.again
+        self._lines.answered(meter.name, self._now(), found.again, found.turn)
         grants = {delivery: Grant(meter, delivery, n, asked_at) for delivery, n in found.granted.items()}
-        self._tickets[meter.name].update(grants)
+        self._teller.hold(meter.name, grants)
         return found, grants
 
     def place(self, delivery: str, job_id: str, spec: Spec, lane: str, since: float) -> Place:
@@ -197,42 +175,49 @@ class Limiter:
         """The name of a running job's next ticket."""
         return f"{self._asker}:{secrets.token_hex(8)}"
 
-    async def again(self, meter: Meter, spec: Spec, ticket: str, *, room: float) -> Grant | Leave | None:
+    async def again(
+        self, meter: Meter, spec: Spec, ticket: str, *, room: float, instead_of: Grant | None = None
+    ) -> Grant | Leave | None:
         """Leave for a further request of a running job: a grant, or what stands against it; None: nothing is counted.
 
         Asked again, it has the same `ticket`: that is its place before the line. Whoever does not ask again, or is
-        cancelled here, gives it up. Waits while Redis is away, where there is a limit to keep.
+        cancelled here, gives it up, and settles the ticket that this one was asked for `instead_of`: only an answer
+        tells that it was given back. Waits while Redis is away, where there is a limit to keep.
         """
+        if instead_of is not None:
+            self._teller.let_go(meter.name, instead_of.ticket)  # renewed once more, it would come back to life
         while True:
             asked_at = self._now()
             call = meters.again(
                 self._keys, meter, ticket, spec.lane, prompt_tokens(spec), answer_tokens(spec),
-                lease=self._lease, room=room,
+                lease=self._lease, room=room, instead_of=instead_of.ticket if instead_of else "",
             )  # fmt: skip
             try:
                 found: Leave = await self._run(call)
             except KeysBrokenError as error:
                 self._say_broken(meter.name, error)
+                if instead_of is not None:
+                    self.settle(instead_of, UNUSED)
                 return Leave("wait", seconds=BROKEN, because="broken")
             except RedisUnavailable:
                 if not meter.limits:
+                    if instead_of is not None:
+                        self.settle(instead_of, UNUSED)
                     return None
                 await asyncio.sleep(AWAY)
                 continue
             if found.outcome != "granted":
                 return found
-            self._tickets[meter.name].add(ticket)
+            self._teller.hold(meter.name, [ticket])
             return Grant(meter, ticket, found.tokens, asked_at)
 
     def settle(self, grant: Grant, took: int | None = None, answer: int | None = None) -> None:
         """The request is over. `took`: its tokens in all, None unknown, UNUSED never asked; `answer`: its answer's."""
-        tickets = self._tickets[grant.meter.name]
-        tickets.discard(grant.ticket)
-        self._tell(grant.meter).settled.append(Settlement(grant.ticket, took, answer))
+        self._teller.settle(grant.meter.name, Settlement(grant.ticket, took, answer))
 
     def give_up(self, meter: Meter, ticket: str) -> None:
         """A running job asks no more for a ticket; it may have been granted in a reply that nobody heard."""
-        self._tell(meter).settled.append(Settlement(ticket, UNUSED))
+        self._teller.settle(meter.name, Settlement(ticket, UNUSED))
 
     # Learning ----------------------------------------------------------------------------------------------------
 
@@ -242,7 +227,7 @@ class Limiter:
         call = meters.learn(
             self._keys, meter, cool=retry_after or 0.0, slow_down=retry_after is None, requests=requests, tokens=tokens
         )
-        self._tell(meter).learned.append(call)
+        self._teller.learn(meter.name, call)
 
     def counted(self, meter: Meter, requests: meters.Count, tokens: meters.Count) -> None:
         """What the upstream counts, as an answer's headers say it. Passed on when it is scarce, once in a while."""
@@ -251,81 +236,20 @@ class Limiter:
         scarce = _scarce(requests, limits.requests) or _scarce(tokens, limits.tokens)
         if scarce and now >= self._counted.get(meter.name, 0.0):
             self._counted[meter.name] = now + limits.window * TELL_EVERY
-            self._tell(meter).learned.append(meters.learn(self._keys, meter, requests=requests, tokens=tokens))
+            self._teller.learn(meter.name, meters.learn(self._keys, meter, requests=requests, tokens=tokens))
 
-    # The task that tells Redis -----------------------------------------------------------------------------------
+    # What the teller hears ---------------------------------------------------------------------------------------
 
-    async def run(self) -> None:
-        """Until cancelled: settle, renew and pass on."""
-        renew_at = self._now() + self._lease / 3
-        while True:
-            try:
-                async with asyncio.timeout_at(renew_at):
-                    await self._work.wait()
-            except TimeoutError:
-                pass
-            try:
-                await self.flush()
-                if self._now() >= renew_at:
-                    await self._renew()
-                    renew_at = self._now() + self._lease / 3
-            except RedisUnavailable as error:
-                log.warning("limits.wait", reason=str(error))
-                await asyncio.sleep(AWAY)
-
-    async def flush(self) -> None:
-        """Send what there is to settle and to pass on. Raises RedisUnavailable; what is left is kept."""
-        self._work.clear()
-        while self._told:
-            name, told = next(iter(self._told.items()))
-            try:
-                while told.learned:
-                    await self._run(told.learned[0])
-                    del told.learned[0]
-                if settled := told.settled[:500]:
-                    again: float | None = await self._run(meters.settle(self._keys, name, settled))
-                    del told.settled[: len(settled)]
-                    self._line_moves(name, again)
-            except KeysBrokenError as error:  # it cannot be told; others can
-                self._say_broken(name, error)
-                told.settled.clear()
-                told.learned.clear()
-            except RedisUnavailable:
-                self._work.set()
-                raise
-            if not told.settled and not told.learned:
-                self._told.pop(name)
-
-    def _line_moves(self, name: str, again: float | None) -> None:
-        if again is None or name.partition("/")[0] not in self._upstreams:
-            return
-        self._due[name] = min(self._due.get(name, float("inf")), self._now() + again)
-        self.freed.set()
-
-    async def _renew(self) -> None:
-        for name, tickets in list(self._tickets.items()):
-            if not tickets:
-                del self._tickets[name]
-                continue
-            try:
-                lost = await self._run(meters.renew(self._keys, name, sorted(tickets), lease=self._lease))
-            except KeysBrokenError as error:
-                self._say_broken(name, error)
-                continue
-            if lost:
-                log.warning("limits.tickets_had_run_out", meter=name, tickets=lost)
+    def _line_moves(self, name: str, again: float) -> None:
+        if self._ours(name):
+            self._lines.moves(name, self._now(), again)
+            self.freed.set()
 
     def _say_broken(self, name: str, error: KeysBrokenError) -> None:
         """Jobs of this meter wait, since nobody may ask without a ticket; those of other meters go on."""
-        now = self._now()
-        if self._broken.get(name, 0.0) <= now:
-            self._broken[name] = now + BROKEN
+        if self._lines.breaks(name, self._now()):
             start = self._keys.limit.decode()
             log.error("limits.broken", meter=name, reason=str(error), remedy=f"delete the broken ones of {start}*")
-
-    def _tell(self, meter: Meter) -> _Told:
-        self._work.set()
-        return self._told.setdefault(meter.name, _Told(meter))
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()

@@ -34,15 +34,18 @@ class Reservation:
             return 0.0
         meter = limiter.meter(upstream, self._spec.model)
         if self._grant is not None:
-            if self._grant.meter.name == meter.name and self._grant.fresh(asyncio.get_running_loop().time()):
+            if self._grant.meter.name != meter.name:
+                self.give_back()
+            elif self._grant.fresh(asyncio.get_running_loop().time()):
                 return 0.0
-            self.give_back()
         elif not again and not limiter.watches(meter):
             return 0.0
         if self._place is None or self._place[0].name != meter.name:
-            self.give_back()
+            if self._place is not None:
+                limiter.give_up(*self._place)
             self._place = meter, limiter.new_ticket()
-        found = await limiter.again(meter, self._spec, self._place[1], room=room)
+        found = await limiter.again(meter, self._spec, self._place[1], room=room, instead_of=self._grant)
+        self._grant = None
         if found is None or isinstance(found, Grant):
             self._grant, self._place = found, None
             return 0.0

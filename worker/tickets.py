@@ -8,7 +8,6 @@ read the specs of what they took, which costs no round trip of its own.
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, TypeVar
@@ -30,9 +29,6 @@ from .rq_worker import Entry
 
 LOOK: Final = 1.0
 """Seconds between looks at the lines that other workers keep."""
-
-SPREAD: Final = 0.1
-"""Seconds over which workers spread when a line is due."""
 
 log = structlog.get_logger()
 
@@ -78,11 +74,11 @@ class Tickets:
         return self._limiter.lines
 
     def patience(self) -> float:
-        """Seconds until a line is due, or until it is time to look for lines."""
+        """Seconds until it is worth asking for a line, or until it is time to look for lines."""
         now = asyncio.get_running_loop().time()
         wait = self._look_at - now
-        if self._limiter.next_due is not None:
-            wait = min(wait, self._limiter.next_due - now + random.uniform(0, SPREAD))
+        if self._limiter.next_ask is not None:
+            wait = min(wait, self._limiter.next_ask - now)
         return max(0.0, wait)
 
     async def moves(self) -> None:
@@ -128,7 +124,7 @@ class Tickets:
         self._limiter.freed.clear()
         if asyncio.get_running_loop().time() >= self._look_at:
             await self._look()
-        for meter in self._limiter.due():
+        for meter in self._limiter.to_ask():
             if free() > 0:
                 taken = await self._take(meter, self._limiter.acquire(meter, (), free()), insist)
                 if taken is not None and (taken[0].granted or taken[0].too_large):

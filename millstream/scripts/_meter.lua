@@ -12,6 +12,13 @@
 -- 60/62 = 96.8 % of a limit are used. (A token bucket with rate r and burst B lets r * 60 + B through in 60 s, and a
 -- refund into it may be spent where it was not taken from; a slot gives back exactly what it held.)
 -- Each lane has counts of its own, since batch leaves `share` of every limit to interactive.
+--
+-- How the order holds on the way: tickets of one moment go to several workers, and whoever is quicker arrives first. So
+-- while more wait than may be granted now, tickets are spaced, at the pace at which a sixth gets exactly its quarter: 1.5
+-- times what a window sustains, so that nothing of a limit is lost. Where that pace leaves less than 100 ms between two,
+-- those of 100 ms may come together, lest each cost a call. When no more wait than may be granted, all are at once: a chat
+-- beside a batch waits for nobody. Each worker that asks is told its own turn, one ticket after the other's, so that one
+-- call fetches one ticket and jobs spread over the workers; a turn is at most 1 s late, so that a dead one's is taken over.
 
 local call, KEYS, ARGV = redis.call, KEYS, ARGV
 local floor, max, min = math.floor, math.max, math.min
@@ -20,10 +27,11 @@ local MEASURES, WAITING, LEARNED = KEYS[9], KEYS[10], KEYS[11]
 
 local SLOTS, SLACK = 120, 3
 local KEPT = 86400000 -- ms: what a meter has learned about its answers
+local TOGETHER, TURN, LATEST = 100, 50, 1000 -- ms: of pace in one call; between turns, at least; a turn after its ticket
 local FIELDS = {'window', 'from', 'near', 'r', 't', 'br', 'bt', 'rn', 'tn', 'brn', 'btn', 'behind', 'streak', 'holding',
-  'kept', 'rpm', 'tpm', 'streams', 'share', 'cooling', 'pace', 'paced', 'base', 'rpm_seen', 'tpm_seen', 'seen', 'mean',
+  'kept', 'step', 'turn', 'rpm', 'tpm', 'streams', 'share', 'cooling', 'pace', 'paced', 'base', 'rpm_seen', 'tpm_seen', 'seen', 'mean',
   'deviation', 'samples'}
-local COUNTS = 15 -- the fields up to here change with every call
+local COUNTS = 17 -- the fields up to here change with every call
 
 local clock = call('TIME')
 local now = clock[1] * 1000 + floor(clock[2] / 1000)
@@ -52,9 +60,10 @@ local function slide(from, first, suffix, drop)
       break
     end
     local v = call('HMGET', USED, 'r' .. i, 't' .. i, 'br' .. i, 'bt' .. i)
-    m[r], m[t] = m[r] - (v[1] or 0), m[t] - (v[2] or 0)
-    m[br], m[bt] = m[br] - (v[3] or 0), m[bt] - (v[4] or 0)
-    if drop and (v[1] or v[2]) then
+    local batch_r, batch_t = v[3] or 0, v[4] or 0
+    m[r], m[t] = m[r] - (v[1] or 0) - batch_r, m[t] - (v[2] or 0) - batch_t
+    m[br], m[bt] = m[br] - batch_r, m[bt] - batch_t
+    if drop and (v[1] or v[2] or v[3] or v[4]) then
       call('HDEL', USED, 'r' .. i, 't' .. i, 'br' .. i, 'bt' .. i)
     end
   end
@@ -141,21 +150,23 @@ function count(at, lane, requests, tokens)
   if at < m.from or at > slot then
     return
   end
-  local function add(prefix)
-    if requests ~= 0 and call('HINCRBY', USED, prefix .. 'r' .. at, int(requests)) == requests then
-      call('PEXPIRE', USED, 3 * m.window) -- the first of a slot
-    end
-    if tokens ~= 0 then
-      call('HINCRBY', USED, prefix .. 't' .. at, int(tokens))
-    end
-    m[prefix .. 'r'], m[prefix .. 't'] = m[prefix .. 'r'] + requests, m[prefix .. 't'] + tokens
-    if at >= m.near then
-      m[prefix .. 'rn'], m[prefix .. 'tn'] = m[prefix .. 'rn'] + requests, m[prefix .. 'tn'] + tokens
-    end
+  local prefix = lane == 1 and 'b' or ''
+  if requests ~= 0 and call('HINCRBY', USED, prefix .. 'r' .. at, int(requests)) == requests then
+    call('PEXPIRE', USED, 3 * m.window) -- the first of a slot
   end
-  add('')
+  if tokens ~= 0 then
+    call('HINCRBY', USED, prefix .. 't' .. at, int(tokens))
+  end
+  local near = at >= m.near
+  m.r, m.t = m.r + requests, m.t + tokens
+  if near then
+    m.rn, m.tn = m.rn + requests, m.tn + tokens
+  end
   if lane == 1 then
-    add('b')
+    m.br, m.bt = m.br + requests, m.bt + tokens
+    if near then
+      m.brn, m.btn = m.brn + requests, m.btn + tokens
+    end
   end
 end
 
@@ -189,46 +200,70 @@ local function near_limit(limit)
   return limit < 8 and math.ceil(limit / 4) or floor(limit / 4)
 end
 
--- When the oldest slot that counts leaves.
-local function leaves(from, field, span)
+-- When the oldest slot that counts leaves: of both lanes (`lane` 0), or of batch alone (1).
+local function leaves(from, field, span, lane)
   for i = from, slot do
-    if tonumber(call('HGET', USED, field .. i) or 0) > 0 then
+    local v = call('HMGET', USED, 'b' .. field .. i, field .. i)
+    if tonumber(v[1] or 0) > 0 or lane == 0 and tonumber(v[2] or 0) > 0 then
       return (i + span + SLACK + 1) * width
     end
   end
   return now + width
 end
 
--- Until when one measure holds a request of this cost back, or nil. A cost over a part of the limit goes alone.
-local function held_back(field, lane, cost, limit)
+-- What a lane may take of one measure now.
+local function room(field, lane, limit)
   if limit <= 0 then
-    return nil
+    return math.huge
   end
   local near = near_limit(limit)
+  local left = min(limit - m[field], near - m[field .. 'n'])
+  if lane == 1 then
+    left = min(left, part(limit) - m['b' .. field], math.ceil(near * (1 - m.share)) - m['b' .. field .. 'n'])
+  end
+  return left
+end
+
+-- Until when one measure holds a request of this cost back, or nil. A cost over a part of the limit goes alone.
+local function held_back(field, lane, cost, limit)
+  if room(field, lane, limit) >= cost then
+    return nil
+  end
+  local near, sixth = near_limit(limit), floor(SLOTS / 6)
   if m[field] > 0 and m[field] + cost > limit then
-    return leaves(m.from, field, SLOTS)
+    return leaves(m.from, field, SLOTS, 0)
   end
   if m[field .. 'n'] > 0 and m[field .. 'n'] + cost > near then
-    return leaves(m.near, field, floor(SLOTS / 6))
+    return leaves(m.near, field, sixth, 0)
   end
   if lane == 1 then
     local mine = 'b' .. field
     if m[mine] > 0 and m[mine] + cost > part(limit) then
-      return leaves(m.from, mine, SLOTS)
+      return leaves(m.from, field, SLOTS, 1)
     end
     if m[mine .. 'n'] > 0 and m[mine .. 'n'] + cost > math.ceil(near * (1 - m.share)) then
-      return leaves(m.near, mine, floor(SLOTS / 6))
+      return leaves(m.near, field, sixth, 1)
     end
   end
   return nil
 end
 
+-- The time between two tickets (ms) at which a sixth of a window gets its quarter, and the measure that says so. Tokens
+-- are those that requests were counted as lately: most take less than was reserved.
+local function spacing(lane, tokens, rpm, tpm)
+  local gap, why = rpm > 0 and 1 / near_limit(rpm) or 0, 'requests'
+  local by_tokens = tpm > 0 and (m.r > 0 and min(tokens, m.t / m.r) or tokens) / near_limit(tpm) or 0
+  if by_tokens > gap then
+    gap, why = by_tokens, 'tokens'
+  end
+  return gap * m.window / 6 / (lane == 1 and 1 - m.share or 1), why
+end
+
 -- Why a request may not be made now and when to ask again (ms, the earliest): nil when it may.
-local function blocked(lane, tokens)
+local function blocked(lane, tokens, rpm, tpm)
   if m.cooling > now then
     return 'cooling', m.cooling
   end
-  local rpm, tpm = limits()
   local at = held_back('r', lane, 1, rpm)
   local why = at and 'requests'
   local later = held_back('t', lane, tokens, tpm)
@@ -266,6 +301,19 @@ local function grant(ticket, lane, tokens, lease)
     running = running + 1
     m.holding = m.holding + lane
   end
+end
+
+-- A ticket is no longer held: its lane, the slot it counts in and the tokens it reserved, or nil.
+local function release(ticket)
+  local record = call('HGET', HELD, ticket)
+  if not record then
+    return nil
+  end
+  call('HDEL', HELD, ticket)
+  running = running - call('ZREM', TICKETS, ticket)
+  local lane, at, reserved = string.match(record, '(%d+):(%d+):(%d+)')
+  m.holding = m.holding - lane
+  return tonumber(lane), tonumber(at), tonumber(reserved)
 end
 
 local function set_limits(name, rpm, tpm, streams, share)

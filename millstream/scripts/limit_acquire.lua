@@ -4,9 +4,10 @@
 -- ARGV  1 the meter's name  2 requests  3 tokens a window  4 streams at once (0: no limit)  5 interactive's share
 --       6 window (ms)  7 lease of a ticket (ms)  8 who asks  9 the number of this call, larger than those before
 --       10 how many tickets at most  11 the lanes to serve: 0 interactive, 1 batch ('01', '0', '1')
---       12 what a job waits for, JSON without its closing brace  13 number of jobs, then per job:
+--       12 what a job waits for, JSON without its closing brace  13 ms until the asker's turn, as it was told (0: it
+--       has come, or there is none)  14 number of jobs, then per job:
 --       delivery, lane, place (when it was submitted, ms), tokens of the prompt, most tokens of the answer ('': unknown)
--- Returns {waiting, ms until it is worth asking again (-1: nobody waits), why, granted 'DELIVERY:TOKENS ...', too large
+-- Returns {waiting, ms until the next may get a ticket (-1: nobody waits), ms until the asker's turn to ask, why, granted 'DELIVERY:TOKENS ...', too large
 -- 'DELIVERY:TOKENS ...'}. Granted deliveries may be others than those that joined: who comes first goes first. A
 -- delivery is its own ticket. All of a request is granted, or nothing; who waits has used nothing.
 -- Too large may be some of the line, too, after a limit was lowered: they have left it, to be counted anew.
@@ -21,30 +22,34 @@ local REPLIES, asker, number = KEYS[8], ARGV[8], ARGV[9]
 local before = call('HGET', REPLIES, asker)
 local last = before and tonumber(string.match(before, '^%d+')) or 0
 if last > tonumber(number) then
-  return {0, -1, '', '', ''}
+  return {0, -1, 0, '', '', ''}
 elseif last == tonumber(number) then
-  local waiting, wait, why, granted, large = string.match(before, '^[^|]*|([^|]*)|([^|]*)|([^|]*)|([^|]*)|(.*)$')
-  return {tonumber(waiting), tonumber(wait), why, granted, large}
+  local waiting, wait, turn, why, granted, large =
+    string.match(before, '^[^|]*|([^|]*)|([^|]*)|([^|]*)|([^|]*)|([^|]*)|(.*)$')
+  return {tonumber(waiting), tonumber(wait), tonumber(turn), why, granted, large}
 end
 
 local name, window, lease = ARGV[1], tonumber(ARGV[6]), tonumber(ARGV[7])
-local want, jobs = tonumber(ARGV[10]), tonumber(ARGV[13])
+local want, jobs = tonumber(ARGV[10]), tonumber(ARGV[14])
 open_meter(window)
 set_limits(name, tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5]))
 
-local joined, large = {}, {}
+local joined, large, new = {}, {}, {[0] = 0, 0}
 for i = 1, jobs do
-  local from = 9 + 5 * i
+  local from = 10 + 5 * i
   local delivery, lane, tokens = ARGV[from], tonumber(ARGV[from + 1]), cost_of(ARGV[from + 3], ARGV[from + 4])
   local member = delivery .. ':' .. int(tokens)
   if m.tpm > 0 and tokens > m.tpm then
     large[#large + 1] = member
   elseif call('ZADD', LINES[lane], ARGV[from + 2], member) == 1 then
     m.behind = m.behind + tokens
+    new[lane] = new[lane] + 1
     joined[#joined + 1] = {member, lane, delivery, KEYS[13 + i]}
   end
 end
 
+local rpm, tpm = limits()
+local stepping, gap, step = false, 0, 0 -- of the lane looked at last: whether tickets are spaced, by how much, the next
 local waits = {[0] = call('ZCARD', LINES[0]), call('ZCARD', LINES[1])}
 local heads = {}
 local function tokens_of(member)
@@ -70,6 +75,22 @@ local function head(lane)
   return heads[lane]
 end
 
+-- May the first of this lane have its ticket now: nil, or why not, and when to ask for it.
+local function refused(lane, tokens)
+  local why, at = blocked(lane, tokens, rpm, tpm)
+  stepping = waits[lane] > room('r', lane, rpm) or waits[lane] * tokens > room('t', lane, tpm)
+  gap = 0
+  if stepping then
+    local measure
+    gap, measure = spacing(lane, tokens, rpm, tpm)
+    step = min(m.step, now) + gap -- the clock may have gone back
+    if not why and now < step then
+      return measure, math.ceil(step)
+    end
+  end
+  return why, at
+end
+
 -- Requests again within an attempt go before the line; a place there lapses with its score.
 local granted, why, at, foreign = {}, '', nil, false
 local front = call('ZCOUNT', FRONT, '(' .. int(now), '+inf') > 0
@@ -89,14 +110,17 @@ while want > 0 do
     break
   end
   local tokens = tokens_of(member)
-  why, at = blocked(lane, tokens)
+  why, at = refused(lane, tokens)
   if why and lane == 1 and chat then -- its turn has come, its share is used up
     lane, member = 0, chat
     tokens = tokens_of(member)
-    why, at = blocked(lane, tokens)
+    why, at = refused(lane, tokens)
   end
   if why then
     break
+  end
+  if stepping then
+    m.step = max(step, now - max(0, TOGETHER - gap))
   end
   leave(lane, member)
   m.streak = lane == 0 and row and m.streak + 1 or 0
@@ -105,24 +129,37 @@ while want > 0 do
 end
 
 local waiting = waits[0] + waits[1]
-local wait = -1
+local wait, turn = -1, 0
 if waiting > 0 then
   at = at or now
   wait = max(0, at - now)
-  if call('ZADD', WAITING, at, name) == 1 or keep or #joined > 0 then
+  local first = call('ZADD', WAITING, at, name) == 1
+  if first or keep then
     call('PEXPIRE', WAITING, KEPT)
-    call('PEXPIRE', LINES[0], KEPT)
-    call('PEXPIRE', LINES[1], KEPT)
   end
-  wait = foreign and 1000 or wait
+  for lane = 0, 1 do
+    if waits[lane] > 0 and (first or keep or new[lane] >= waits[lane]) then -- the last: a line that begins
+      call('PEXPIRE', LINES[lane], KEPT)
+    end
+  end
+  if foreign then
+    wait, turn = 1000, 1000
+  elseif wait > 0 then
+    turn = tonumber(ARGV[13])
+    if turn < wait or turn > wait + LATEST then
+      local mine = max(at, m.turn)
+      mine = mine > at + LATEST and at or mine -- the turns given out are more than a second's, or of another time
+      m.turn = mine + max(gap, TURN)
+      turn = mine - now
+    end
+  end
 else
   m.behind = 0
   call('ZREM', WAITING, name)
 end
 
--- When a place's turn comes, about: by requests, by tokens, whichever takes longer.
-local function turn(lane, rank)
-  local rpm, tpm = limits()
+-- When a place is due, about: by requests, by tokens, whichever takes longer.
+local function due(lane, rank)
   local share = lane == 1 and 1 - m.share or 1
   local ahead = 0
   if rpm > 0 then
@@ -140,15 +177,15 @@ for _, job in ipairs(joined) do
   if rank then
     call('LREM', KEYS[12 + lane], 1, delivery)
     if call('HGET', state, 'status') == 'queued' then
-      call('HSET', state, 'wait', ARGV[12] .. ',"because":"' .. (why or 'requests') .. '"}', 'until', turn(lane, rank),
+      call('HSET', state, 'wait', ARGV[12] .. ',"because":"' .. (why or 'requests') .. '"}', 'until', due(lane, rank),
         'line', LINES[lane], 'place', member)
     end
   end
 end
 
 save_meter(lease)
-local reply = {waiting, wait, why or '', table.concat(granted, ' '), table.concat(large, ' ')}
-call('HSET', REPLIES, asker, number .. '|' .. int(waiting) .. '|' .. int(wait) .. '|' .. reply[3] .. '|' .. reply[4] .. '|' .. reply[5])
+local reply = {waiting, wait, turn, why or '', table.concat(granted, ' '), table.concat(large, ' ')}
+call('HSET', REPLIES, asker, table.concat({number, waiting, wait, turn, reply[4], reply[5], reply[6]}, '|'))
 if not before or keep then
   call('PEXPIRE', REPLIES, max(60000, window))
 end

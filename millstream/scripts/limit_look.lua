@@ -18,7 +18,7 @@ local next_due = 0
 for lane = 0, 1 do
   local member = call('ZRANGE', LINES[lane], 0, 0)[1]
   if member and next_due == 0 then
-    local _, at = blocked(lane, tonumber(string.match(member, '%d+$')))
+    local _, at = blocked(lane, tonumber(string.match(member, '%d+$')), rpm, tpm)
     next_due = at or now
   end
 end

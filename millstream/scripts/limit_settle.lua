@@ -10,21 +10,18 @@
 -- uses: _meter
 
 open_meter()
-local settled = 0
+local settled, back = 0, m.streams > 0 or m.tpm > 0 or m.seen > now -- only requests never come back
 for i = 2, #ARGV, 3 do
   local ticket, took, answer = ARGV[i], tonumber(ARGV[i + 1]), tonumber(ARGV[i + 2])
-  local record = call('HGET', HELD, ticket)
-  if took and took < 0 then
+  local unused = took and took < 0
+  if unused then
     call('ZREM', FRONT, ticket)
   end
-  if record then
-    local lane, at, reserved = string.match(record, '(%d+):(%d+):(%d+)')
-    lane, at, reserved = tonumber(lane), tonumber(at), tonumber(reserved)
-    call('HDEL', HELD, ticket)
-    call('ZREM', TICKETS, ticket)
-    m.holding = m.holding - lane
+  local lane, at, reserved = release(ticket)
+  if lane then
     settled = settled + 1
-    if took and took < 0 then
+    if unused then
+      back = true
       count(at, lane, -1, -reserved)
     elseif took and took < reserved then
       count(at, lane, 0, took - reserved)
@@ -46,10 +43,11 @@ save_meter()
 local waiting = call('ZCARD', LINES[0]) + call('ZCARD', LINES[1])
 local wait = -1
 if waiting > 0 then
-  wait = max(0, tonumber(call('ZSCORE', WAITING, ARGV[1]) or now) - now)
-  if settled > 0 and m.cooling <= now then -- what came back may be enough for the next
-    wait = 0
-    call('ZADD', WAITING, now, ARGV[1])
+  local at = tonumber(call('ZSCORE', WAITING, ARGV[1]) or now)
+  if settled > 0 and back and m.cooling <= now then -- what came back may be enough for the next, in its step
+    at = min(at, max(now, math.ceil(min(m.step, now) + spacing(0, math.huge, limits()))))
+    call('ZADD', WAITING, at, ARGV[1])
   end
+  wait = max(0, at - now)
 end
 return {settled, waiting, wait}

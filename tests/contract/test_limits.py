@@ -161,15 +161,18 @@ def test_a_request_larger_than_the_limit_is_refused_for_good(sent: Hands) -> Non
 def test_all_of_a_request_is_granted_or_nothing(sent: Hands) -> None:
     """Streams and requests are free, tokens are not: nothing of it is taken."""
     desk = Desk(sent, Limits(requests=100, tokens=1000, streams=10))
-    found = desk.acquire(desk.places(3))
-    assert (desk.names(found), found.because) == (["j1", "j2"], "tokens")
+    assert desk.names(desk.acquire(desk.places(2))) == ["j1", "j2"]
+    found = desk.acquire(desk.places(1))
+    assert (desk.names(found), found.because) == ([], "tokens")
     gauge = desk.look()
     assert (gauge.requests.used, gauge.tokens.used, gauge.streams.used) == (2, 200, 2)
 
 
 def test_no_sixth_of_a_window_takes_more_than_a_quarter(sent: Hands) -> None:
     """What begins at once is a quarter; a request that is larger than that goes alone."""
-    assert len(Desk(sent, Limits(requests=40)).acquire(Desk(sent, Limits()).places(20)).granted) == 10
+    desk = Desk(sent, Limits(requests=40))
+    assert len(desk.acquire(desk.places(10)).granted) == 10
+    assert desk.acquire(desk.places(1)).because == "requests"
     sent.client.redis.flushall()
     desk = Desk(sent, Limits(tokens=1000))
     found = desk.acquire([desk.place(prompt=0, most=800), desk.place(prompt=0, most=10)])
@@ -264,15 +267,17 @@ def test_interactive_goes_first(sent: Hands) -> None:
 def test_a_part_of_each_limit_is_kept_free_for_interactive(sent: Hands) -> None:
     """Ten thousand rows hold at most nine tenths of a window, of a sixth of it, and of the streams."""
     desk = Desk(sent, Limits(requests=80, streams=19))
-    assert len(desk.acquire(desk.places(30, "batch")).granted) == 17
-    assert len(desk.acquire(desk.places(5)).granted) == 2
-    sent.client.redis.flushall()
-    desk = Desk(sent, Limits(requests=80))
-    assert len(desk.acquire(desk.places(30, "batch")).granted) == 18
-    assert len(desk.acquire(desk.places(5)).granted) == 2
-    sent.client.redis.flushall()
-    desk = Desk(sent, Limits(tokens=40_000))
-    assert len(desk.acquire(desk.places(200, "batch")).granted) == 90
+    assert len(desk.acquire(desk.places(17, "batch")).granted) == 17
+    assert desk.acquire(desk.places(1, "batch")).because == "streams"
+    assert len(desk.acquire(desk.places(2)).granted) == 2
+    assert desk.acquire(desk.places(1)).because == "streams"
+    for limits, part in ((Limits(requests=80), 18), (Limits(tokens=8000), 18)):
+        sent.client.redis.flushall()
+        desk = Desk(sent, limits)
+        assert len(desk.acquire(desk.places(part, "batch")).granted) == part
+        assert desk.acquire(desk.places(1, "batch")).granted == {}
+        assert len(desk.acquire(desk.places(2)).granted) == 2
+        assert desk.acquire(desk.places(1)).granted == {}
 
 
 def test_batch_gets_one_ticket_of_twenty(sent: Hands) -> None:

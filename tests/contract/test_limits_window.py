@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from millstream import Client
 from millstream.calls import Call, T
-from millstream.meters import SLACK, UNUSED, WINDOW, Limits, Meter, Place, Settlement, acquire, settle
+from millstream.meters import SLACK, UNUSED, WINDOW, Acquired, Limits, Meter, Place, Settlement, acquire, settle
 from millstream.testing import fake_client
 
 SLOT: Final = WINDOW / 120
@@ -85,7 +85,7 @@ class Fleet:
             places.append(Place(f"j{self.number}-00000000", f"j{self.number}", lane, self.number, 0, most))
         self.ask(places, 0)
 
-    def ask(self, places: list[Place], want: int, delay: float = 0.0) -> int:
+    def ask(self, places: list[Place], want: int, delay: float = 0.0) -> Acquired:
         found = self.run(
             acquire(
                 self.client.keys, Meter("up", "m", self.limits), places, lease=15.0, asker="w",
@@ -95,7 +95,16 @@ class Fleet:
         for delivery, tokens in found.granted.items():
             self.held[delivery] = (self.clock.now, self.clock.now + delay, tokens)
             self.order.append(int(delivery.partition("-")[0][1:]))
-        return len(found.granted)
+        return found
+
+    def ask_on(self, until: float, want: int, delay: float = 0.0) -> None:
+        """Ask whenever there may be a ticket, for so many."""
+        while self.clock.now < until and want > 0:
+            found = self.ask([], want, delay)
+            want -= len(found.granted)
+            if found.again is None:
+                break
+            self.clock.now += found.again or 0.001
 
     def settle(self, part: float) -> None:
         """One ticket of those held ends: it took this part of what was reserved, or was given back unused."""
@@ -133,10 +142,11 @@ def test_no_window_holds_more_than_the_limit(
         fleet = Fleet(client, clock, Limits(requests, tokens))
         for count, lane, most, passes, late, want, settlements in schedule:
             fleet.join(count, lane, most)
-            fleet.ask([], want, late)
+            ends = clock.now + passes
+            fleet.ask_on(clock.now + min(1.0, passes), want, late)
             for part in settlements:
                 fleet.settle(part)
-            clock.now += passes
+            clock.now = max(clock.now, ends)
         fleet.end()
     minute, near = fleet.upstream.most(WINDOW), fleet.upstream.most(WINDOW / 6)
     assert minute[0] <= requests
@@ -154,9 +164,7 @@ def test_nearly_all_of_a_limit_is_used(clock: Clock, requests: int, tokens: int,
         fleet = Fleet(client, clock, Limits(requests, tokens))
         fleet.join(5 * most + 50, "interactive", cost)
         began = clock.now
-        while clock.now < began + 5 * WINDOW:
-            fleet.ask([], 1000)
-            clock.now += SLOT / 2
+        fleet.ask_on(began + 5 * WINDOW, 10**6)
         fleet.end()
     used = Counter(int((at - began) // WINDOW) for at, _ in fleet.upstream.arrived)
     assert sum(used.values()) >= 0.95 * 5 * most
@@ -175,7 +183,7 @@ def test_batch_alone_leaves_the_share_of_interactive_unused(clock: Clock) -> Non
             fleet.ask([], 1000)
             if int(clock.now - began) % 5 == 0 and (clock.now - began) % 1 == 0:
                 fleet.join(1, "interactive", 10)
-                waits.append(fleet.ask([], 1))
+                waits.append(len(fleet.ask([], 1).granted))
             clock.now += SLOT / 2
         fleet.end()
     assert fleet.upstream.most(WINDOW)[0] <= 200

@@ -93,16 +93,22 @@ def cancel_all(world: World) -> None:
 def test_sixteen_processes_share_one_limit(
     limited: Callable[[str], World], soak: bool, say: Callable[[str], None]
 ) -> None:
-    """By the upstream's own count no window holds more than the limit, no sixth more than a quarter, and the windows
-    under demand hold at least 95 % of it. Nobody is overtaken by more than tickets may be late.
+    """By the upstream's own count no window holds more than the limit, no sixth more than a quarter, the windows under
+    demand hold at least 95 % of it, and nobody arrives more than one place before or after its place in line.
+
+    Tickets are 133 ms apart here (167 in the long round), each for another process. A process that the machine stops for
+    so long, between its ticket and its request, lets the next one pass: that is the one place. Two are lost only in twice
+    that time; and were tickets given a sixth's quarter at once, 30 requests would arrive in any order.
     """
-    window, windows = (60.0, 3.0) if soak else (24.0, 1.5)
-    rpm, meter = 240, Meter("up", "scripted", Limits(window=window))
+    window, windows, rpm = (60.0, 3.0, 240) if soak else (24.0, 1.2, 120)
+    meter = Meter("up", "scripted", Limits(window=window))
     world = limited(f"rpm = {rpm}\nwindow = {window:g}")
     start_many(world, 16)
     world.client.run(learn(world.keys, meter, cool=60))
     submit_many(world, [str(number) for number in range(int(rpm * (windows + 1)))])
-    wait_until(lambda: in_lines(world) == rpm * (windows + 1), "all of them are in line")
+    wait_until(lambda: in_lines(world) == int(rpm * (windows + 1)), "all of them are in line")
+    members = world.redis.zrange(world.keys.line(meter.name, "interactive"), 0, -1)
+    line = [world.prompt_of(member.decode().partition("-")[0]) for member in members]
     end_cool_down(world.redis, world.keys, meter.name)
     wait_until(lambda: arrivals(world), "the first request")
     end = arrivals(world)[0] + windows * window
@@ -114,27 +120,15 @@ def test_sixteen_processes_share_one_limit(
     counted = [at for at in times if at < end]
     used = len(counted) / (windows * rpm)
     worst, sixth = most_within(times, window), most_within(times, window / 6)
-    late = overtaken(world)
+    moved = Counter(here - there for here, there in zip(places, range(len(places)), strict=False))
     say(
         f"16 processes, {windows} windows of {window:g} s: {used:.1%} of the limit used, at most {worst} of {rpm} in a "
-        f"window, {sixth} of {rpm // 4} in a sixth; overtaken by at most {late * 1000:.0f} ms"
+        f"window, {sixth} of {rpm // 4} in a sixth; places {dict(sorted(moved.items()))}"
     )
     assert worst <= rpm
     assert sixth <= rpm // 4
     assert used >= 0.95
-    # Tickets are given in order; one is used within the slack, or asked for again before the line: as long once more.
-    assert late <= 2 * SLACK * window
-
-
-def overtaken(world: World) -> float:
-    """By how many seconds a job was overtaken at most: how long after a later one it arrived at the upstream."""
-    latest_of_later = [(int(each.request.prompt), each.request.arrived_at) for each in world.upstream.journal]
-    latest_of_later.sort(reverse=True)
-    worst, earliest = 0.0, float("inf")
-    for _, at in latest_of_later:
-        worst = max(worst, at - earliest)
-        earliest = min(earliest, at)
-    return worst
+    assert set(moved) <= {-1, 0, 1}
 
 
 def test_a_killed_holders_share_is_back_within_its_lease(
