@@ -27,7 +27,7 @@ local MEASURES, WAITING, LEARNED = KEYS[9], KEYS[10], KEYS[11]
 
 local SLOTS, SLACK = 120, 3
 local KEPT = 86400000 -- ms: what a meter has learned about its answers
-local TOGETHER, TURN, LATEST = 100, 50, 1000 -- ms: of pace in one call; between turns, at least; a turn after its ticket
+local TOGETHER, TURN, LATEST = 100, 50, 1000 -- ms: of pace in one call; between two turns; from a ticket to a turn
 local FIELDS = {'window', 'from', 'near', 'r', 't', 'br', 'bt', 'rn', 'tn', 'brn', 'btn', 'behind', 'streak', 'holding',
   'kept', 'step', 'turn', 'rpm', 'tpm', 'streams', 'share', 'cooling', 'pace', 'paced', 'base', 'rpm_seen', 'tpm_seen', 'seen', 'mean',
   'deviation', 'samples'}

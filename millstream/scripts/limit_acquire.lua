@@ -120,7 +120,7 @@ while want > 0 do
     break
   end
   if stepping then
-    m.step = max(step, now - max(0, TOGETHER - gap))
+    m.step = max(step, now - max(TURN, TOGETHER - gap)) -- who comes late is not late for ever
   end
   leave(lane, member)
   m.streak = lane == 0 and row and m.streak + 1 or 0
