@@ -24,6 +24,10 @@ WINDOW: Final = 60.0
 SLACK: Final = 1 / 40
 """The part of a window within which a ticket is to be used, or given back."""
 
+REST: Final = (1.02, 0.05)
+"""Of the time an upstream asks to be left alone, and seconds more: what was let go before its word was known reaches it
+some tens of milliseconds later, and from there on it is to have its time. Nobody comes back early by its clock."""
+
 UNUSED: Final = -1
 """As tokens in a settlement: the upstream was never asked."""
 
@@ -194,10 +198,10 @@ def learn(
 ) -> Call[float]:  # fmt: skip
     """Tell all workers what the upstream said. The value is how long it is left alone now (seconds).
 
-    `cool`: seconds it asked for; `slow_down`: it refused and did not say for how long.
+    `cool`: seconds it asked for, to which REST adds a touch; `slow_down`: it refused and did not say for how long.
     """
     args: list[Any] = [
-        meter.name, milliseconds(meter.limits.window), milliseconds(cool) if cool > 0 else 0, int(slow_down)
+        meter.name, milliseconds(meter.limits.window), milliseconds(rested(cool)) if cool > 0 else 0, int(slow_down)
     ]  # fmt: skip
     for each in (requests or Count(), tokens or Count()):
         args += (
@@ -255,6 +259,12 @@ def look(keys: Keys, name: str) -> Call[Gauge | None]:
         )  # fmt: skip
 
     return Call("limit_look", keys.meter(name), [], decode)
+
+
+def rested(cool: float) -> float:
+    """How long an upstream is left alone that asked for so many seconds."""
+    part, more = REST
+    return cool * part + more
 
 
 def _tokens(count: int | None) -> int | str:

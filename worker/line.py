@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections import deque
+from contextlib import suppress
 from typing import Any, cast
 
 import hiredis
@@ -57,6 +58,12 @@ class Line:
                 raise KeysBrokenError(str(self._unavailable(str(reply)[:200])))
             raise self._unavailable(str(reply)[:200])
         return call.decode(reply)
+
+    async def ready(self) -> None:
+        """Be connected before a call is urgent; should that fail, the call tries again."""
+        with suppress(OSError, TimeoutError):
+            async with asyncio.timeout(COMMAND_TIMEOUT):
+                await self._open()
 
     def close(self) -> None:
         """Drop the connection."""

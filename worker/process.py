@@ -96,6 +96,7 @@ class Process:
         self._worker.on_stop = lambda rq_id: loop.call_soon_threadsafe(self._stop_job, rq_id)
         with translated(self._settings.redis_url):
             await self._clerk.do(self._worker.born)
+        await self._limits_line.ready()
         log.info(
             "worker.ready", worker=self._worker.name, streams=self._settings.streams, lanes=self._worker.queue_names()
         )

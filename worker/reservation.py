@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from millstream.job import Spec
-from millstream.meters import UNUSED, Meter
+from millstream.meters import UNUSED, Meter, rested
 
 from .choice import GuardedUpstream
 from .limiter import Grant, Limiter, TooLarge
@@ -80,7 +80,7 @@ class Reservation:
         """Who wants to be left alone, is: by this process from now on, by all others with their next look."""
         cools = failure.retryable and failure.retry_after is not None
         if failure.retry_after is not None and cools:
-            upstream.guard.cool(self._spec.model, failure.retry_after)
+            upstream.guard.cool(self._spec.model, rested(failure.retry_after))
         limiter = self._limiter
         if limiter is not None and (cools or (failure.retryable and failure.status == 429)):
             limiter.refused(limiter.meter(upstream, self._spec.model), failure.retry_after, *failure.counts)
