@@ -28,11 +28,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 LANES = ("interactive", "batch")
 """The lanes, the first served first."""
 
 DEFAULT_PREFIX = "millstream"
+
+
+@lru_cache(maxsize=1000)
+def _meter(prefix: str, name: str) -> tuple[str, ...]:
+    keys = Keys(prefix)
+    own = [f"{prefix}:limit:{name}:{part}" for part in ("meter", "used", "tickets", "held")]
+    lines = [keys.line(name, lane) for lane in LANES]
+    more = [f"{prefix}:limit:{name}:{part}" for part in ("front", "replies")]
+    return (*own, *lines, *more, keys.meters, keys.waiting, keys.learned)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +106,9 @@ class Keys:
     def line(self, meter: str, lane: str) -> str:
         return f"{self.prefix}:limit:{meter}:line:{lane}"
 
-    def meter(self, name: str) -> list[str]:
+    def meter(self, name: str) -> tuple[str, ...]:
         """What every script of the limiter touches, in the order of `_meter.lua`."""
-        own = [f"{self.prefix}:limit:{name}:{part}" for part in ("meter", "used", "tickets", "held")]
-        lines = [self.line(name, lane) for lane in LANES]
-        more = [f"{self.prefix}:limit:{name}:{part}" for part in ("front", "replies")]
-        return [*own, *lines, *more, self.meters, self.waiting, self.learned]
+        return _meter(self.prefix, name)
 
     def queue(self, lane: str) -> str:
         """The RQ queue's name (RQ adds its own `rq:queue:` in front)."""

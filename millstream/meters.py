@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from typing import Any, Final
 
 import msgspec
@@ -69,8 +70,7 @@ class Meter:
         return f"{self.upstream}/{self.model}"
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(Struct, frozen=True):
     """A delivery that joins the line of its meter. `since`: when its job was submitted (ms); who is older goes first.
 
     `most`: tokens the answer may have at most, None where the job does not say.
@@ -84,8 +84,7 @@ class Place:
     most: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class Acquired:
+class Acquired(Struct, frozen=True):
     """What an acquire gave: `granted` and `too_large` as tokens by delivery; `again`: seconds until the first in line
     may get its ticket, None when nobody waits; `turn`: seconds until it is the asker's turn to fetch one.
     """
@@ -108,13 +107,23 @@ def acquire(
     seconds until the asker's turn, as an earlier answer said; 0.0 when it has come, or there is none. At most one such
     call of an asker may run at a time and meter.
     """
-    waits_for = msgspec.json.encode({"what": "limit", "upstream": meter.upstream, "model": meter.model})[:-1]
-    served = "".join(str(at) for at, lane in enumerate(LANES) if lane in lanes)
+    waits_for, served = _waits_for(meter.upstream, meter.model), _served(tuple(lanes))
     args = [*_fixed(meter, lease), asker, number, want, served, waits_for, int(turn * 1000), len(places)]
+    names = [*keys.meter(meter.name), *intermediate]
     for each in places:
         args += (each.delivery, LANES.index(each.lane), each.since, each.prompt, _tokens(each.most))
-    names = [*keys.meter(meter.name), *intermediate, *(keys.state(each.job_id) for each in places)]
+        names.append(keys.state(each.job_id))
     return Call("limit_acquire", names, args, _acquired)
+
+
+@lru_cache(maxsize=1000)
+def _waits_for(upstream: str, model: str) -> bytes:
+    return msgspec.json.encode({"what": "limit", "upstream": upstream, "model": model})[:-1]
+
+
+@cache
+def _served(lanes: tuple[str, ...]) -> str:
+    return "".join(str(at) for at, lane in enumerate(LANES) if lane in lanes)
 
 
 def _acquired(reply: Sequence[Any]) -> Acquired:
@@ -124,6 +133,8 @@ def _acquired(reply: Sequence[Any]) -> Acquired:
 
 
 def _members(text: bytes) -> dict[str, int]:
+    if not text:
+        return {}
     pairs = (member.rpartition(":") for member in text.decode().split())
     return {delivery: int(tokens) for delivery, _, tokens in pairs}
 

@@ -36,15 +36,14 @@ class Line:
     async def run(self, call: Call[T]) -> T:
         """The call's value. Raises RedisUnavailable when there is no answer, or one that says so; KeysBrokenError."""
         try:
-            async with asyncio.timeout(COMMAND_TIMEOUT):
-                wire = self._wire
-                if wire is None or wire.lost:
-                    wire = await self._open()
-                script = call.load(header=True)
-                rest = (len(call.keys), *call.keys, *call.args)
-                reply = await wire.ask("EVALSHA", script.sha, *rest)
-                if isinstance(reply, hiredis.ReplyError) and str(reply).startswith("NOSCRIPT"):
-                    reply = await wire.ask("EVAL", script.text, *rest)
+            wire = self._wire
+            if wire is None or wire.lost:
+                wire = await self._open()
+            script = call.load(header=True)
+            rest = (len(call.keys), *call.keys, *call.args)
+            reply = await _in_time(wire.ask("EVALSHA", script.sha, *rest))
+            if isinstance(reply, hiredis.ReplyError) and str(reply).startswith("NOSCRIPT"):
+                reply = await _in_time(wire.ask("EVAL", script.text, *rest))
         except TimeoutError:
             self.close()
             raise self._unavailable(f"no answer within {COMMAND_TIMEOUT:g} s") from None
@@ -62,8 +61,7 @@ class Line:
     async def ready(self) -> None:
         """Be connected before a call is urgent; should that fail, the call tries again."""
         with suppress(OSError, TimeoutError):
-            async with asyncio.timeout(COMMAND_TIMEOUT):
-                await self._open()
+            await self._open()
 
     def close(self) -> None:
         """Drop the connection."""
@@ -75,7 +73,7 @@ class Line:
         return RedisUnavailable(f"Redis at {place(self._url)} does not serve the writer: {why}")
 
     async def _open(self) -> _Wire:
-        async with self._connecting:  # calls at once share one: nobody would close the others
+        async with asyncio.timeout(COMMAND_TIMEOUT), self._connecting:  # calls at once share one, lest others stay open
             if self._wire is None or self._wire.lost:
                 self._wire = await self._connect()
             return self._wire
@@ -110,6 +108,20 @@ class Line:
         if options.get("ssl_certfile"):
             context.load_cert_chain(options["ssl_certfile"], options.get("ssl_keyfile"))
         return context
+
+
+async def _in_time(answer: asyncio.Future[Any]) -> Any:
+    """What `asyncio.timeout` does, for a future alone and at a quarter of its 11 us."""
+    late = asyncio.get_running_loop().call_later(COMMAND_TIMEOUT, _too_late, answer)
+    try:
+        return await answer
+    finally:
+        late.cancel()
+
+
+def _too_late(answer: asyncio.Future[Any]) -> None:
+    if not answer.done():
+        answer.set_exception(TimeoutError())
 
 
 async def _expect_ok(wire: _Wire, *command: Any) -> None:

@@ -29,9 +29,9 @@ local SLOTS, SLACK = 120, 3
 local KEPT = 86400000 -- ms: what a meter has learned about its answers
 local TOGETHER, TURN, LATEST = 100, 50, 1000 -- ms: of pace in one call; between two turns; from a ticket to a turn
 local FIELDS = {'window', 'from', 'near', 'r', 't', 'br', 'bt', 'rn', 'tn', 'brn', 'btn', 'behind', 'streak', 'holding',
-  'kept', 'step', 'turn', 'rpm', 'tpm', 'streams', 'share', 'cooling', 'pace', 'paced', 'base', 'rpm_seen', 'tpm_seen', 'seen', 'mean',
-  'deviation', 'samples'}
+  'kept', 'step', 'turn', 'rpm', 'tpm', 'streams', 'share', 'cooling', 'pace', 'seen'}
 local COUNTS = 17 -- the fields up to here change with every call
+local SELDOM = {'paced', 'base', 'rpm_seen', 'tpm_seen', 'mean', 'deviation', 'samples'} -- read where they are needed
 
 local clock = call('TIME')
 local now = clock[1] * 1000 + floor(clock[2] / 1000)
@@ -40,6 +40,19 @@ local width, slot, running, keep, count
 
 local function int(number)
   return string.format('%.0f', number)
+end
+
+local function read_fields(names)
+  local found = call('HMGET', METER, unpack(names))
+  for i = 1, #names do
+    m[names[i]] = tonumber(found[i] or 0)
+  end
+end
+
+local function read_seldom()
+  if not m.samples then
+    read_fields(SELDOM)
+  end
 end
 
 -- Take the slots before `first` out of the counts that end in `suffix`; returns the oldest slot that counts.
@@ -72,10 +85,9 @@ end
 
 -- Read the meter and bring its counts up to now. `window` (ms) nil: as it was; `look`: and write nothing.
 local function open_meter(window, look)
-  local found = call('HMGET', METER, unpack(FIELDS))
-  for i, name in ipairs(FIELDS) do
-    local value = tonumber(found[i] or 0)
-    m[name], read[name] = value, value
+  read_fields(FIELDS)
+  for i = 1, COUNTS do
+    read[i] = m[FIELDS[i]]
   end
   local function measure()
     width = max(1, floor(m.window / SLOTS))
@@ -127,7 +139,7 @@ local function save_meter(lease)
   local changed, n = {}, 0
   for i = 1, COUNTS do
     local name = FIELDS[i]
-    if m[name] ~= read[name] then
+    if m[name] ~= read[i] then
       changed[n + 1], changed[n + 2] = name, int(m[name])
       n = n + 2
     end
@@ -173,6 +185,9 @@ end
 -- Requests and tokens a window as they are now: what was set, what the upstream says, what it was slowed down to. 0: none.
 local function limits()
   local rpm, tpm = m.rpm, m.tpm
+  if m.seen > now or m.pace > 0 then
+    read_seldom()
+  end
   if m.seen > now then
     if m.rpm_seen > 0 then
       rpm = rpm > 0 and min(rpm, m.rpm_seen) or m.rpm_seen
@@ -284,6 +299,7 @@ local function cost_of(prompt, most)
   if most ~= '' then
     return prompt + most
   end
+  read_seldom()
   local answer = m.samples >= 5 and math.ceil(m.mean + 2 * m.deviation) or 1000
   local tokens = prompt + answer
   return m.tpm > 0 and min(tokens, max(m.tpm, tonumber(prompt))) or tokens

@@ -13,6 +13,7 @@
 
 local name, window, alone = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 open_meter(window)
+read_seldom()
 local until_when = 0
 if alone > 0 then
   m.cooling = max(m.cooling, now + alone)

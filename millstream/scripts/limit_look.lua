@@ -12,6 +12,7 @@ open_meter(nil, true)
 if m.window == 0 then
   return {0, 0, 0, 0, 0, 0, 0, 0, 0, now, 0, 0, 0}
 end
+read_seldom()
 local rpm, tpm = limits()
 local waits = {[0] = call('ZCARD', LINES[0]), call('ZCARD', LINES[1])}
 local next_due = 0

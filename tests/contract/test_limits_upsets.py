@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-
+import msgspec
 import pytest
 
 from millstream.meters import MOST, UNUSED, Acquired, Limits, Meter, Place, acquire
@@ -73,7 +72,7 @@ def test_a_delivery_that_stood_in_line_twice_holds_one_stream(hands: Hands) -> N
     desk = Desk(hands, Limits(streams=10))
     place = desk.place("batch")
     desk.acquire([place], want=0)
-    assert len(desk.acquire([dataclasses.replace(place, most=95)]).granted) == 1
+    assert len(desk.acquire([msgspec.structs.replace(place, most=95)]).granted) == 1
     desk.settle(place.delivery, 5)
     assert len(desk.acquire(desk.places(12, "batch")).granted) == 9
 
