@@ -33,6 +33,8 @@ local FIELDS = {'window', 'from', 'near', 'r', 't', 'br', 'bt', 'rn', 'tn', 'brn
 local COUNTS = 17 -- the fields up to here change with every call
 local SELDOM = {'paced', 'base', 'rpm_seen', 'tpm_seen', 'mean', 'deviation', 'samples'} -- read where they are needed
 
+local PARTS = {r = {near = 'rn', batch = 'br', batch_near = 'brn'}, t = {near = 'tn', batch = 'bt', batch_near = 'btn'}}
+
 local clock = call('TIME')
 local now = clock[1] * 1000 + floor(clock[2] / 1000)
 local m, read = {}, {}
@@ -231,34 +233,29 @@ local function room(field, lane, limit)
   if limit <= 0 then
     return math.huge
   end
-  local near = near_limit(limit)
-  local left = min(limit - m[field], near - m[field .. 'n'])
+  local near, names = near_limit(limit), PARTS[field]
+  local left = min(limit - m[field], near - m[names.near])
   if lane == 1 then
-    left = min(left, part(limit) - m['b' .. field], math.ceil(near * (1 - m.share)) - m['b' .. field .. 'n'])
+    left = min(left, part(limit) - m[names.batch], math.ceil(near * (1 - m.share)) - m[names.batch_near])
   end
   return left
 end
 
--- Until when one measure holds a request of this cost back, or nil. A cost over a part of the limit goes alone.
+-- Until when one measure, which has less room than that, holds a request of this cost back: nil when it goes alone, since
+-- it is larger than a part of the limit and nothing else counts there.
 local function held_back(field, lane, cost, limit)
-  if room(field, lane, limit) >= cost then
-    return nil
+  local near, sixth, names = near_limit(limit), floor(SLOTS / 6), PARTS[field]
+  local function full(name, most)
+    return m[name] > 0 and m[name] + cost > most
   end
-  local near, sixth = near_limit(limit), floor(SLOTS / 6)
-  if m[field] > 0 and m[field] + cost > limit then
+  if full(field, limit) then
     return leaves(m.from, field, SLOTS, 0)
-  end
-  if m[field .. 'n'] > 0 and m[field .. 'n'] + cost > near then
+  elseif full(names.near, near) then
     return leaves(m.near, field, sixth, 0)
-  end
-  if lane == 1 then
-    local mine = 'b' .. field
-    if m[mine] > 0 and m[mine] + cost > part(limit) then
-      return leaves(m.from, field, SLOTS, 1)
-    end
-    if m[mine .. 'n'] > 0 and m[mine .. 'n'] + cost > math.ceil(near * (1 - m.share)) then
-      return leaves(m.near, field, sixth, 1)
-    end
+  elseif lane == 1 and full(names.batch, part(limit)) then
+    return leaves(m.from, field, SLOTS, 1)
+  elseif lane == 1 and full(names.batch_near, math.ceil(near * (1 - m.share))) then
+    return leaves(m.near, field, sixth, 1)
   end
   return nil
 end
@@ -274,14 +271,16 @@ local function spacing(lane, tokens, rpm, tpm)
   return gap * m.window / 6 / (lane == 1 and 1 - m.share or 1), why
 end
 
--- Why a request may not be made now and when to ask again (ms, the earliest): nil when it may.
+-- Why a request may not be made now and when to ask again (ms, the earliest), nil when it may; and the room there is, of
+-- requests and of tokens, unless it cools.
 local function blocked(lane, tokens, rpm, tpm)
   if m.cooling > now then
     return 'cooling', m.cooling
   end
-  local at = held_back('r', lane, 1, rpm)
+  local requests_left, tokens_left = room('r', lane, rpm), room('t', lane, tpm)
+  local at = requests_left < 1 and held_back('r', lane, 1, rpm) or nil
   local why = at and 'requests'
-  local later = held_back('t', lane, tokens, tpm)
+  local later = tokens_left < tokens and held_back('t', lane, tokens, tpm)
   if later and later > (at or 0) then
     why, at = 'tokens', later
   end
@@ -291,7 +290,7 @@ local function blocked(lane, tokens, rpm, tpm)
       why, at = why or 'streams', now + 2 * width
     end
   end
-  return why, at
+  return why, at, requests_left, tokens_left
 end
 
 -- Tokens to reserve: the prompt and the most it may answer; where that is not said, what such answers took lately.

@@ -77,8 +77,8 @@ end
 
 -- May the first of this lane have its ticket now: nil, or why not, and when to ask for it.
 local function refused(lane, tokens)
-  local why, at = blocked(lane, tokens, rpm, tpm)
-  stepping = waits[lane] > room('r', lane, rpm) or waits[lane] * tokens > room('t', lane, tpm)
+  local why, at, requests_left, tokens_left = blocked(lane, tokens, rpm, tpm)
+  stepping = requests_left and (waits[lane] > requests_left or waits[lane] * tokens > tokens_left)
   gap = 0
   if stepping then
     local measure
