@@ -189,7 +189,7 @@ def test_a_job_that_is_gone_half_way_leaves_nothing(client: Client, hands: Hands
     kept = Kept(client, "j")
     client.forget("j")
     assert kept.step(7) == "more"
-    state, copy = (client.redis.pttl(name("j")) for name in (client.keys.state, client.keys.building))
+    state, copy = (client.redis.pexpiretime(name("j")) for name in (client.keys.state, client.keys.building))
     assert 0 < copy <= state
     client.redis.delete(client.keys.state("j"), client.keys.log("j"), client.keys.spec("j"))
     assert kept.step(7) == "gone"
