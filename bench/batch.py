@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from local.errors import LocalError
+
 from . import proc
 from .systems import environment
 from .toolchain import BenchError, build_stub
@@ -66,7 +68,7 @@ def main() -> int:
             found.append(product(arguments.rows, arguments.window, arguments.kills))
         if arguments.only != "product":
             found.append(parallel(arguments.parallel_rows or arguments.rows))
-    except BenchError as error:
+    except (BenchError, LocalError) as error:
         print(error, file=sys.stderr)
         return 1 if "output" in str(error) else 2
     print(table(found, arguments.window))
