@@ -11,10 +11,12 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import structlog
+
 from millstream.errors import MillstreamError, RedisUnavailable
 from millstream.keys import LANES
 from millstream.redis_door import connect, translated
-from millstream.settings import Settings, describe
+from millstream.settings import Settings, describe, misspelled
 
 from . import log, redis_checks
 from .process import Process
@@ -58,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = Settings.from_env(streams=asked.streams)
         upstreams = load(settings, os.environ)  # which names the variables that hold the keys
         log.configure(settings.log)
+        for name, meant in misspelled(os.environ):
+            structlog.get_logger().warning("settings.unknown", variable=name, meant=meant)
         connection = connect(settings.redis_url)
         redis_checks.check(connection, settings)
         lanes = dict.fromkeys(asked.lane or LANES)
