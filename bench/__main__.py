@@ -7,6 +7,8 @@ import signal
 import sys
 from pathlib import Path
 
+from local.errors import LocalError
+
 from . import long_run, plan, report
 from .servers import ROOT
 from .toolchain import BenchError, build_stub
@@ -54,7 +56,7 @@ def main() -> int:
         cases = tuple(case for case in (plan.QUICK if arguments.quick else plan.FULL) if arguments.only in case.label)
         rounds, seconds = (1, 3.0) if arguments.quick else (arguments.rounds, arguments.seconds)
         results = plan.run(cases, rounds=rounds, seconds=seconds, single=not arguments.quick and not arguments.only)
-    except BenchError as error:
+    except (BenchError, LocalError) as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:

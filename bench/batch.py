@@ -3,18 +3,23 @@
 Product: `python -m producer batch` with one worker; the worker is alone on its core, the producer, Valkey and the stub
 share the other. Parallel: bench/parallel.py is alone on the worker's core and reads whole answers, as it is used, where
 the product reads streams. Both outputs are checked: every row once, every text whole.
+
+With `--kills N` the producer and the worker are killed N times each (SIGKILL), spread over the rows, and started again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+
+from local.errors import LocalError
 
 from . import proc
 from .systems import environment
@@ -28,7 +33,10 @@ CHUNKS: Final = 10
 
 @dataclass(frozen=True)
 class Batch:
-    """One run. Memory in MB, CPU in ms a row; `redis_mb` is what Valkey took beyond its empty state, at its peak."""
+    """One run. Memory in MB, CPU in ms a row; `redis_mb` is what Valkey took beyond its empty state, at its peak.
+
+    Of processes that were killed the CPU counts until then, as it was last looked at.
+    """
 
     system: str
     rows: int
@@ -51,44 +59,106 @@ def main() -> int:
     parser.add_argument("--window", type=int, default=1000)
     parser.add_argument("--parallel-rows", type=int, help="rows for the process beside it (default: the same)")
     parser.add_argument("--only", choices=("product", "parallel"))
+    parser.add_argument("--kills", type=int, default=0, help="how often the producer and the worker are killed each")
     arguments = parser.parse_args()
     try:
         build_stub()
         found = []
         if arguments.only != "parallel":
-            found.append(product(arguments.rows, arguments.window))
+            found.append(product(arguments.rows, arguments.window, arguments.kills))
         if arguments.only != "product":
             found.append(parallel(arguments.parallel_rows or arguments.rows))
-    except BenchError as error:
+    except (BenchError, LocalError) as error:
         print(error, file=sys.stderr)
         return 1 if "output" in str(error) else 2
     print(table(found, arguments.window))
     return 0
 
 
-def product(rows: int, window: int) -> Batch:
+class Pair:
+    """A worker and a producer at work on one output; either may be killed and started again."""
+
+    def __init__(self, here: World, source: Path, out: Path, window: int) -> None:
+        self._here, self._out = here, out
+        self._commands = {
+            "worker": ([sys.executable, "-m", "worker"], here.core),
+            "producer": (
+                [sys.executable, "-m", "producer", "batch", str(source), "--out", str(out), "--window", str(window)],
+                here.helper_core,
+            ),
+        }
+        self._alive: dict[str, subprocess.Popen[str]] = {}
+        self._before: dict[str, int] = {"worker": 0, "producer": 0}
+        self._cpu: dict[str, int] = {"worker": 0, "producer": 0}
+        self.peak_mb = 0.0
+
+    def start(self, name: str) -> None:
+        command, core = self._commands[name]
+        self._alive[name] = self._here.processes.start(name, command, core=core, env=environment(self._here))
+
+    def kill(self, name: str) -> None:
+        """SIGKILL, then the same command again."""
+        self.look()
+        process = self._alive[name]
+        process.kill()
+        process.wait()
+        self._here.processes.end(process)
+        self._before[name] += self._cpu[name]
+        self._cpu[name] = 0
+        self.start(name)
+
+    def look(self) -> None:
+        """Note what they have taken until now."""
+        for name, process in self._alive.items():
+            self._cpu[name] = max(self._cpu[name], proc.cpu_us([process.pid]))
+            if name == "producer":
+                self.peak_mb = max(self.peak_mb, peak_mb(process.pid))
+
+    def cpu_us(self, name: str) -> int:
+        """Of all that had this name."""
+        return self._before[name] + self._cpu[name]
+
+    def written(self) -> int:
+        """Bytes of output so far."""
+        return self._out.stat().st_size if self._out.exists() else 0
+
+    def done(self) -> bool:
+        """Whether the producer has ended. Raises BenchError when it was not done."""
+        producer = self._alive["producer"]
+        if producer.poll():
+            tail = self._here.processes.tail("producer")
+            raise BenchError(f"the batch ended with {producer.returncode}:\n{tail}")
+        return producer.returncode is not None
+
+
+def product(rows: int, window: int, kills: int = 0) -> Batch:
     with world() as here:
         source, out = _input(here, rows, "rate=0"), here.processes.folder / "out.jsonl"
-        worker = here.processes.start("worker", [sys.executable, "-m", "worker"], core=here.core, env=environment(here))
+        pair = Pair(here, source, out, window)
+        pair.start("worker")
         here.processes.wait_until("the worker to register", lambda: here.valkey.client.scard("rq:workers"), seconds=60)
         empty, redis_cpu = here.valkey.info()["used_memory"], here.valkey.cpu_us()
-        worker_cpu = proc.cpu_us([worker.pid])
-        command = [sys.executable, "-m", "producer", "batch", str(source), "--out", str(out), "--window", str(window)]
+        pair.look()
+        started = pair.cpu_us("worker")
         began = time.monotonic()
-        producer = here.processes.start("producer", command, core=here.helper_core, env=environment(here))
-        peak, cpu, memory = empty, 0, 0.0
-        while producer.poll() is None:
+        pair.start("producer")
+        peak = empty
+        # A line takes about 300 bytes: enough to spread the kills, which need no exact place.
+        due = [("producer", "worker")[at % 2] for at in range(2 * kills)]
+        every = 300 * rows // (2 * kills + 1)
+        while not pair.done():
             peak = max(peak, here.valkey.info()["used_memory"])
-            cpu = max(cpu, proc.cpu_us([producer.pid]))
-            memory = max(memory, peak_mb(producer.pid))
+            pair.look()
+            if due and pair.written() > every * (2 * kills + 1 - len(due)):
+                pair.kill(due.pop(0))
             time.sleep(PAUSE)
         seconds = time.monotonic() - began
-        if producer.returncode:
-            raise BenchError(f"the batch ended with {producer.returncode}:\n{here.processes.tail('producer')}")
+        if due:
+            raise BenchError(f"the output was whole before {len(due)} of {2 * kills} kills: take more rows")
         _check(out, rows, lambda line: (line["custom_id"], line["response"]["body"]["choices"][0]))
         return Batch(
-            "millstream batch", rows, seconds, memory, cpu / rows / 1000,
-            (proc.cpu_us([worker.pid]) - worker_cpu) / rows / 1000,
+            "millstream batch" + f", {kills} + {kills} kills" * bool(kills), rows, seconds, pair.peak_mb,
+            pair.cpu_us("producer") / rows / 1000, (pair.cpu_us("worker") - started) / rows / 1000,
             (here.valkey.cpu_us() - redis_cpu) / rows / 1000, (peak - empty) / 1e6,
         )  # fmt: skip
 

@@ -64,7 +64,7 @@ class Processes:
             signal.signal(signal.SIGINT, interrupt)
 
     def _end_started(self) -> None:
-        # The newest first: a worker should not see its Redis vanish. Those of one name together, as 25 take their time.
+        # The newest first. Those of one name together, as 25 take their time.
         while self._started:
             name = self._names[self._started[-1].pid]
             group = [process for process in self._started if self._names[process.pid] == name]

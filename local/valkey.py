@@ -17,14 +17,16 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Literal, Self
+from typing import Final, Literal, Self, TypeAlias
 
 from . import guard
 from .errors import LocalError, PartFailed, PortTaken
 from .server_binary import find_server
+
+AppendFsync: TypeAlias = Literal["everysec", "always", "no"]
 
 HOST: Final = "127.0.0.1"
 
@@ -40,7 +42,10 @@ _SOCKET_PATH_MAX: Final = 103  # bytes, macOS; Linux has 107
 class Valkey:
     """A server. `start` makes one; leaving the `with` block, or `close`, stops it and removes a temporary folder."""
 
-    def __init__(self, folder: Path | None, port: int | None, *, unix: bool, options: Sequence[str]) -> None:
+    def __init__(
+        self, folder: Path | None, port: int | None, *, unix: bool, options: Sequence[str],
+        environ: Mapping[str, str] | None,
+    ) -> None:  # fmt: skip
         """Not for callers: `start` is the way in."""
         self._temporary = tempfile.TemporaryDirectory(prefix="valkey-") if folder is None else None
         self.folder = Path(self._temporary.name) if self._temporary else Path(folder or ".").absolute()
@@ -48,6 +53,8 @@ class Valkey:
         self._port = port
         self._socket = self.folder / "valkey.sock" if unix else None
         self._options = list(options)
+        self.environ: Mapping[str, str] = environ or {}
+        """Laid over this process's environment at the next start."""
         self._child: guard.Child | None = None
 
     @classmethod
@@ -57,18 +64,21 @@ class Valkey:
         *,
         port: int | None = None,
         unix: bool = False,
-        appendfsync: Literal["everysec", "always", "no"] = "everysec",
+        appendfsync: AppendFsync = "everysec",
         options: Sequence[str] = (),
+        environ: Mapping[str, str] | None = None,
         patience: float = 30.0,
     ) -> Self:
         """A server that answers, its data in `folder` (default: a temporary one).
 
         `port` is the one to listen on (default: any free one), `unix` asks for a socket in the folder instead, and
-        `options` are more arguments of the server, such as `("--maxmemory", "64mb")`. `patience` is in seconds and
-        includes loading the data. Raises PortTaken, PartFailed or Missing.
+        `options` are more arguments of the server, such as `("--maxmemory", "64mb")`; `environ` is laid over this
+        process's environment. `patience` is in seconds and includes loading the data. Raises PortTaken, PartFailed or
+        Missing.
         """
         durable = ("--appendonly", "yes", "--appendfsync", appendfsync, "--save", "")
-        server = cls(folder, port, unix=unix, options=[*durable, "--maxmemory-policy", "noeviction", *options])
+        options = [*durable, "--maxmemory-policy", "noeviction", *options]
+        server = cls(folder, port, unix=unix, options=options, environ=environ)
         try:
             server._start(patience)
         except BaseException:
@@ -151,7 +161,8 @@ class Valkey:
 
     def _start_once(self, patience: float) -> None:
         written = self.log.stat().st_size if self.log.exists() else 0
-        self._child = guard.spawn([str(find_server().path), *self._address(), *self._options], log=self.log)
+        command = [str(find_server().path), *self._address(), *self._options]
+        self._child = guard.spawn(command, log=self.log, environ={**os.environ, **self.environ})
         deadline = time.monotonic() + patience
         while not self._answers(self._child.pid):
             if self._child.poll() is not None:

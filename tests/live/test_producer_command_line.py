@@ -15,19 +15,20 @@ import pytest
 
 from millstream.job import MAX_SPEC_BYTES
 from millstream.testing import ScriptedChannel
-from tests.live.producer_processes import ROOT, Room, Server, is_silent, read_until, started_valkey
+from tests.live.producer_processes import ROOT, Room, is_silent, read_until
+from tests.valkey import Valkey
 
 START = 1.5  # seconds a process needs to start where no bytecode is kept and the cores are shared
 
 
 @pytest.fixture(scope="module")
-def valkey() -> Iterator[Server]:
-    with started_valkey() as server:
+def valkey() -> Iterator[Valkey]:
+    with Valkey.start() as server:
         yield server
 
 
 @pytest.fixture
-def room(valkey: Server) -> Iterator[Room]:
+def room(valkey: Valkey) -> Iterator[Room]:
     room = Room(valkey.url)
     with room.client:
         yield room
@@ -187,12 +188,12 @@ def test_result_waits_no_longer_than_its_timeout(room: Room, channel: ScriptedCh
 
 def test_a_timeout_runs_on_while_redis_is_away() -> None:
     """A follower outlasts an outage of minutes, but not a timeout its caller gave; then it says that Redis is away."""
-    with started_valkey() as server:
+    with Valkey.start() as server:
         room = Room(server.url)
         begun(room, ScriptedChannel(room.client))
         with room.running("result", "j", "--timeout", "1.5") as process:
             room.followed("j")
-            server.process.kill()
+            server.kill()
             began = time.monotonic()
             out, err = process.communicate(timeout=20)
         room.client.close()

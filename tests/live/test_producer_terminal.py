@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from millstream.testing import ScriptedChannel
-from tests.live.producer_processes import Room, Screen, Server, started_valkey, wait_until
+from tests.live.producer_processes import Room, Screen, wait_until
+from tests.valkey import Valkey
 
 HOSTILE = "\x1b[2J\x1b]52;c;aGk=\x07\x1b]8;;http://x\x07link\x1b]8;;\x07\u202egnp.exe\u2066\x9b31m\rover\x00\x7f"
 SHOWN = r"\x1b[2J\x1b]52;c;aGk=\x07\x1b]8;;http://x\x07link\x1b]8;;\x07\u202egnp.exe\u2066\x9b31m\x0dover\x00\x7f"
@@ -17,13 +18,13 @@ DRAWING = re.compile(r"\x1b\[(\?25[lh]|\d*[AK])|\r(?!\n)")  # of a board: cursor
 
 
 @pytest.fixture(scope="module")
-def valkey() -> Iterator[Server]:
-    with started_valkey() as server:
+def valkey() -> Iterator[Valkey]:
+    with Valkey.start() as server:
         yield server
 
 
 @pytest.fixture
-def room(valkey: Server) -> Iterator[Room]:
+def room(valkey: Valkey) -> Iterator[Room]:
     room = Room(valkey.url)
     with room.client:
         yield room
