@@ -27,6 +27,9 @@ from tests.world import World, a_world
 _GRACE: Final = 2.0
 """Seconds a thread or process that is ending may take to be gone."""
 
+SOAK_TIMEOUT: Final = 1800
+"""Seconds one test of the long round may take."""
+
 _servers: list[Valkey] = []
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -43,6 +46,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )  # fmt: skip
     parser.addoption("--soak-minutes", type=float, default=0.0, metavar="N", help="N minutes of 1,000 streams as well")
     parser.addoption("--seed", type=int, help="replay this schedule of tests/simulation, and print all of its trace")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A test of the long round may take its time."""
+    for item in items if config.getoption("soak") else ():
+        item.add_marker(pytest.mark.timeout(SOAK_TIMEOUT))
+
+
+@pytest.fixture
+def soak(request: pytest.FixtureRequest) -> bool:
+    """Whether this is the long round."""
+    return bool(request.config.getoption("soak"))
 
 
 @pytest.fixture(scope="session")

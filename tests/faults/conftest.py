@@ -22,26 +22,11 @@ from tests.faults.report import Experiment, as_json, as_lines
 from tests.tally import TALLY
 from tests.valkey import Valkey
 
-SOAK_TIMEOUT: Final = 1800
-"""Seconds one test of the long round may take."""
-
 _RAN: Final = pytest.StashKey[list[Experiment]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "experiment(number): the experiment of the fault list that a test is part of")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for item in items:
-        if config.getoption("soak") and Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.timeout(SOAK_TIMEOUT))
-
-
-@pytest.fixture
-def soak(request: pytest.FixtureRequest) -> bool:
-    """Whether this is the long round."""
-    return bool(request.config.getoption("soak"))
 
 
 @pytest.fixture(autouse=True)

@@ -22,12 +22,6 @@ QUICK: Final = answer(Text(3, seed=2), usage=True)
 
 
 @pytest.fixture
-def soak(request: pytest.FixtureRequest) -> bool:
-    """Whether this is the long round."""
-    return bool(request.config.getoption("--soak", default=False))
-
-
-@pytest.fixture
 def limited(world: World, tmp_path: Path) -> Callable[[str], World]:
     """Workers of this world get these limits, as TOML."""
 
