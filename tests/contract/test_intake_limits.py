@@ -154,7 +154,7 @@ async def test_the_line_is_served_in_order_by_all(client: Client, settings: Sett
     assert all(isinstance(leave, Grant) for _, _, leave in started)
     order = [int(job_id.partition("-")[2]) for _, job_id, _ in started]
     assert sorted(order) == list(range(60))
-    assert max(abs(place - number) for place, number in enumerate(order)) <= 20, "but for those of one slot"
+    assert max(abs(place - number) for place, number in enumerate(order)) <= 6, "but for those of one call"
     assert client.limits()[0].streams.used == 0
     assert client.limits()[0].requests.limit == 80
 
