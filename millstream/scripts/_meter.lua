@@ -28,32 +28,33 @@ local MEASURES, WAITING, LEARNED = KEYS[9], KEYS[10], KEYS[11]
 local SLOTS, SLACK = 120, 3
 local KEPT = 86400000 -- ms: what a meter has learned about its answers
 local TOGETHER, TURN, LATEST = 100, 50, 1000 -- ms: of pace in one call; between two turns; from a ticket to a turn
-local FIELDS = {'window', 'from', 'near', 'r', 't', 'br', 'bt', 'rn', 'tn', 'brn', 'btn', 'behind', 'streak', 'holding',
-  'kept', 'step', 'turn', 'rpm', 'tpm', 'streams', 'share', 'cooling', 'pace', 'seen'}
-local COUNTS = 17 -- the fields up to here change with every call
+-- What changes with every call stands in one field, in this order: to read and write 17 costs four times as much.
+local COUNTS = {'window', 'from', 'near', 'r', 't', 'br', 'bt', 'rn', 'tn', 'brn', 'btn', 'behind', 'streak', 'holding',
+  'kept', 'step', 'turn'}
+local PACKED, PACK, NONE = string.rep('(%S+) ', #COUNTS), string.rep('%.0f ', #COUNTS), string.rep('0 ', #COUNTS)
+local FIELDS = {'counts', 'rpm', 'tpm', 'streams', 'share', 'cooling', 'pace', 'seen'}
 local SELDOM = {'paced', 'base', 'rpm_seen', 'tpm_seen', 'mean', 'deviation', 'samples'} -- read where they are needed
 
 local PARTS = {r = {near = 'rn', batch = 'br', batch_near = 'brn'}, t = {near = 'tn', batch = 'bt', batch_near = 'btn'}}
 
 local clock = call('TIME')
 local now = clock[1] * 1000 + floor(clock[2] / 1000)
-local m, read = {}, {}
+local m, packed = {}, NONE
 local width, slot, running, keep, count
 
 local function int(number)
   return string.format('%.0f', number)
 end
 
-local function read_fields(names)
-  local found = call('HMGET', METER, unpack(names))
-  for i = 1, #names do
-    m[names[i]] = tonumber(found[i] or 0)
+local function take(names, values, first)
+  for i = first, #names do
+    m[names[i]] = tonumber(values[i] or 0)
   end
 end
 
 local function read_seldom()
   if not m.samples then
-    read_fields(SELDOM)
+    take(SELDOM, call('HMGET', METER, unpack(SELDOM)), 1)
   end
 end
 
@@ -87,10 +88,10 @@ end
 
 -- Read the meter and bring its counts up to now. `window` (ms) nil: as it was; `look`: and write nothing.
 local function open_meter(window, look)
-  read_fields(FIELDS)
-  for i = 1, COUNTS do
-    read[i] = m[FIELDS[i]]
-  end
+  local found = call('HMGET', METER, unpack(FIELDS))
+  packed = found[1] or NONE
+  take(COUNTS, {string.match(packed, PACKED)}, 1)
+  take(FIELDS, found, 2)
   local function measure()
     width = max(1, floor(m.window / SLOTS))
     slot = floor(now / width)
@@ -103,7 +104,7 @@ local function open_meter(window, look)
     carried = {[0] = {m.r - m.br, m.t - m.bt}, {m.br, m.bt}}
     call('DEL', USED)
     for i = 2, 11 do
-      m[FIELDS[i]] = 0
+      m[COUNTS[i]] = 0
     end
     m.kept = 0
     m.window = window or m.window
@@ -138,16 +139,13 @@ local function open_meter(window, look)
 end
 
 local function save_meter(lease)
-  local changed, n = {}, 0
-  for i = 1, COUNTS do
-    local name = FIELDS[i]
-    if m[name] ~= read[i] then
-      changed[n + 1], changed[n + 2] = name, int(m[name])
-      n = n + 2
-    end
+  local values = {}
+  for i, name in ipairs(COUNTS) do
+    values[i] = m[name]
   end
-  if n > 0 then
-    call('HSET', METER, unpack(changed))
+  local changed = string.format(PACK, unpack(values))
+  if changed ~= packed then
+    call('HSET', METER, 'counts', changed)
   end
   if keep then
     call('PEXPIRE', METER, KEPT)

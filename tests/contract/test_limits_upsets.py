@@ -129,14 +129,14 @@ def test_a_clock_that_went_back_gives_no_requests_away(hands: Hands) -> None:
     desk = Desk(hands, Limits(requests=40))
     desk.acquire(desk.places(10), want=1)
     meter, used, *_ = desk.client.keys.meter(desk.meter.name)
-    for name in ("from", "near"):
-        desk.client.redis.hincrby(meter, name, 400)
+    packed = [int(count) for count in desk.client.redis.hget(meter, "counts").split()]
+    for at, ahead in ((1, 400), (2, 400), (-2, 200_000), (-1, 200_000)):  # both oldest slots, the step and the turn
+        packed[at] += ahead
+    desk.client.redis.hset(meter, "counts", "".join(f"{count} " for count in packed))
     for name in desk.client.redis.hkeys(used):
         field = f"{name[:1].decode()}{int(name[1:]) + 400}"
         desk.client.redis.hset(used, field, desk.client.redis.hget(used, name))
         desk.client.redis.hdel(used, name)
-    desk.client.redis.hincrby(meter, "step", 200_000)
-    desk.client.redis.hincrby(meter, "turn", 200_000)
     assert grants(desk, 1) == 9
     assert desk.acquire(desk.places(1)).granted == {}
     assert desk.look().requests.used == 10
