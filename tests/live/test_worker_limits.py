@@ -91,13 +91,13 @@ def test_sixteen_processes_share_one_limit(
     """By the upstream's own count no window holds more than the limit, no sixth more than a quarter; at least 95 % of
     the limit are used, and nobody arrives more than one place before or after its place in line.
 
-    Tickets are 133 ms apart here (167 in the long round), each for another process. One that the machine stops for so
+    Tickets are 267 ms apart here (167 in the long round), each for another process. One that the machine stops for so
     long, between its ticket and its request, lets the next one pass: that is the one place. To lose a second one takes
-    twice that time. Were a sixth's quarter given at once, 30 requests would arrive in any order.
+    twice that time. Were a sixth's quarter given at once, 15 requests would arrive in any order.
 
     What is used is told by how long a limit's worth takes, on average, from any request on: a window if all of it is.
     """
-    window, windows, rpm = (60.0, 3.0, 240) if soak else (24.0, 1.2, 120)
+    window, windows, rpm = (60.0, 3.0, 240) if soak else (24.0, 1.2, 60)
     meter = Meter("up", "scripted", Limits(window=window))
     world = limited(f"rpm = {rpm}\nwindow = {window:g}")
     start_many(world, 16)
