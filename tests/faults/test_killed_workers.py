@@ -79,13 +79,12 @@ def shows(world: World, job_id: str, attempt: int) -> bool:
 
 
 @pytest.mark.experiment(16)
-def test_kills_at_random_moments_lose_nothing(world: World, experiment: Experiment, soak: bool) -> None:
+def test_kills_at_random_moments_lose_nothing(world: World, experiment: Experiment, soak: bool, seed: int) -> None:
     """kill -9 whenever: between take and claim, before the first token, at the end; some jobs are cancelled meanwhile.
 
     Every job that nobody cancelled completes with its whole text, and was begun anew only where its worker was lost.
     """
     kills = 40 if soak else 4
-    seed = random.randrange(2**32)
     moments = random.Random(seed)
     experiment.note(f"kills at random moments: seed {seed}")
     workers = [world.start("--streams", "20"), world.start("--streams", "20")]

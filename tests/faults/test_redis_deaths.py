@@ -49,13 +49,12 @@ def die_and_come_back(server: Valkey, moments: random.Random) -> float:
 @pytest.mark.experiment(24)
 def test_what_was_accepted_outlives_a_server_that_syncs_always(
     make_world: Callable[..., World], make_valkey: Callable[..., Valkey], impatient: Callable[[World], Client],
-    soak: bool, experiment: Experiment,
+    soak: bool, seed: int, experiment: Experiment,
 ) -> None:  # fmt: skip
     """kill -9 under 50 live jobs and under submits: every id that was returned completes, consumers see the whole log.
 
     An id that was not returned is wholly there or not there at all, and no attempt is lost.
     """
-    seed = random.randrange(2**32)
     moments = random.Random(seed)
     server = make_valkey(appendfsync="always")
     world = make_world(server.url)
@@ -87,14 +86,13 @@ def test_what_was_accepted_outlives_a_server_that_syncs_always(
 @pytest.mark.experiment(24)
 def test_what_a_server_that_syncs_every_second_lost_is_said(
     make_world: Callable[..., World], make_valkey: Callable[..., Valkey], impatient: Callable[[World], Client],
-    soak: bool, experiment: Experiment,
+    soak: bool, seed: int, experiment: Experiment,
 ) -> None:  # fmt: skip
     """kill -9 under 50 live jobs: what the server was still to write is missing, and whoever saw it is told.
 
     A server that was killed between an answer and its next write may have lost a few; everything else is as with
     `always`.
     """
-    seed = random.randrange(2**32)
     moments = random.Random(seed)
     server = make_valkey(appendfsync="everysec")
     world = make_world(server.url)
@@ -195,7 +193,7 @@ def slow_disk(tmp_path: Path) -> Iterator[Callable[[], Valkey]]:
 @pytest.mark.experiment(24)
 def test_what_a_slow_disk_lost_is_said(
     make_world: Callable[..., World], slow_disk: Callable[[], Valkey], impatient: Callable[[World], Client],
-    soak: bool, experiment: Experiment,
+    soak: bool, seed: int, experiment: Experiment,
 ) -> None:  # fmt: skip
     """While an fsync of 1.5 s is under way nothing is written: kill -9 loses claims, events, ends and whole jobs.
 
@@ -204,7 +202,6 @@ def test_what_a_slow_disk_lost_is_said(
     """
     server = slow_disk()
     shim = server.environ
-    seed = random.randrange(2**32)
     moments = random.Random(seed)
     world = make_world(server.url, MILLSTREAM_STREAMS="15")
     workers = [world.worker(), world.worker()]

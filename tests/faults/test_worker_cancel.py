@@ -156,13 +156,12 @@ def test_a_job_whose_worker_died_is_cancelled(world: World) -> None:
     assert len(world.upstream.requests_for(prompt)) == 1
 
 
-def test_cancels_at_random_moments(world: World, experiment: Experiment, soak: bool) -> None:
+def test_cancels_at_random_moments(world: World, experiment: Experiment, soak: bool, seed: int) -> None:
     """Queued, waiting for the upstream, before the first token, in mid-stream, at the end: one terminal event each.
 
     Where a request was open, its socket is closed within a second.
     """
     rounds, crowd = (7, 50) if soak else (4, 50)
-    seed = random.randrange(2**32)
     moments = random.Random(seed)
     world.worker("--streams", "40")  # fewer slots than jobs: some are still queued
     took, found = [], Counter[str]()

@@ -109,11 +109,10 @@ def test_an_answer_may_break_again_and_wait_in_between(continuing: tuple[World, 
 
 
 def test_a_text_is_whole_wherever_it_is_cut(
-    continuing: tuple[World, ScriptedUpstream], say: Callable[[str], None]
+    continuing: tuple[World, ScriptedUpstream], say: Callable[[str], None], seed: int
 ) -> None:
     """Reset at once after random pieces, shown or not yet: never a piece twice, never one missing."""
     world, upstream = continuing
-    seed = random.randrange(2**32)
     draw = random.Random(seed)
     trials = 30
 
