@@ -16,7 +16,7 @@ import msgspec
 
 from local import guard
 from millstream import Client, Event, Result, Settings
-from millstream.events import AnyEvent, Started
+from millstream.events import AnyEvent, Chunk, Started, unpack
 from tests.oracle import check_consumers, check_keys, check_log
 from tests.tally import TALLY
 from tests.upstream import DEFAULT_CHUNKS, Exchange, ScriptedUpstream, expected_text, seed_of
@@ -103,6 +103,15 @@ class World:
 
     def wait_for_seq(self, job_id: str, seq: int) -> None:
         wait_until(lambda: self.seq(job_id) >= seq, f"event {seq} of {job_id}")
+
+    def shows(self, job_id: str, attempt: int = 1) -> bool:
+        """Whether the newest event is a chunk of this attempt: a break that comes now is no silent retry."""
+        entries = self.redis.xrevrange(self.keys.log(job_id), count=1)
+        newest = [event for entry in entries for event in unpack(*entry)]
+        return bool(newest) and isinstance(newest[-1], Chunk) and newest[-1].attempt == attempt
+
+    def wait_until_shown(self, job_id: str, attempt: int = 1) -> None:
+        wait_until(lambda: self.shows(job_id, attempt), f"a chunk of attempt {attempt} of {job_id}")
 
     def wait_for_status(self, job_id: str, *statuses: str, within: float = PATIENCE) -> str:
         wait_until(lambda: self.status(job_id) in statuses, f"{job_id} is {' or '.join(statuses)}", within)
