@@ -98,6 +98,16 @@ class World:
     def outcome(self, job_id: str, within: float = PATIENCE) -> Result:
         return self.client.outcome(job_id, within)[0]
 
+    def now(self) -> float:
+        """The server's clock, by which events have their `at`: a test that is slow to look does not count."""
+        seconds, micros = self.redis.time()
+        return float(seconds) + float(micros) / 1e6
+
+    def began_at(self, job_id: str, attempt: int = 1) -> float:
+        """When this attempt of an ended job began, by the server's clock."""
+        [found] = [each.at for each in self.client.follow(job_id) if isinstance(each, Started) and each.attempt == attempt]
+        return found
+
     def seq(self, job_id: str) -> int:
         return int(self.redis.hget(self.keys.state(job_id), "seq"))
 

@@ -167,6 +167,23 @@ class Loss:
         return False
 
 
+def holds_back(world: World, server: Valkey) -> bool:
+    """Whether the server stands still, from now on, in a moment in which it has not written what it acknowledged."""
+    before = written(server)
+    if world.redis.info("persistence")["aof_buffer_length"] <= 50_000:
+        return False
+    server.freeze()
+    if written(server) == before:
+        return True
+    server.thaw()
+    return False
+
+
+def written(server: Valkey) -> int:
+    """Bytes in its append-only files."""
+    return sum(path.stat().st_size for path in server.folder.rglob("*.aof"))
+
+
 SLOW_DISK: Final = """
 #define _GNU_SOURCE
 #include <sys/syscall.h>
@@ -215,7 +232,7 @@ def test_what_a_slow_disk_lost_is_said(
         late = Crowd(world, f"slow disk {number}, late", 20, chunks=130)
         watchers = [Watcher(world.make_client, job_id) for job_id in [*early.jobs, *late.jobs]]
         submitter = Submitter(world, lambda: impatient(world), "submitted at the very moment", pause=0.1)
-        wait_until(lambda: world.redis.info("persistence")["aof_buffer_length"] > 50_000, "writes that wait")
+        wait_until(lambda: holds_back(world, server), "writes that wait")
         server.kill()
         killed = time.monotonic()
         server.environ = {}
