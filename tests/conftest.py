@@ -29,8 +29,8 @@ from tests.world import World, a_world
 
 _servers: list[Valkey] = []
 
-# Examples are judged by what they do, not by how busy the machine is. In CI hypothesis takes its own profile `ci`, which
-# does the same and plays always the same examples.
+# Examples are judged by what they do, not by how busy the machine is. In CI hypothesis takes its own profile `ci`,
+# which does the same and plays always the same examples.
 hypothesis.settings.register_profile(
     "elsewhere", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )

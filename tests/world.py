@@ -105,7 +105,9 @@ class World:
 
     def began_at(self, job_id: str, attempt: int = 1) -> float:
         """When this attempt of an ended job began, by the server's clock."""
-        [found] = [each.at for each in self.client.follow(job_id) if isinstance(each, Started) and each.attempt == attempt]
+        [found] = [
+            each.at for each in self.client.follow(job_id) if isinstance(each, Started) and each.attempt == attempt
+        ]
         return found
 
     def seq(self, job_id: str) -> int:

@@ -165,7 +165,8 @@ def test_cancels_at_random_moments(world: World, experiment: Experiment, soak: b
     rounds, crowd = (7, 50) if soak else (4, 50)
     moments = random.Random(seed)
     world.worker("--streams", "40")  # fewer slots than jobs: some are still queued
-    took, found = [], Counter[str]()
+    took: list[tuple[float, Exchange]] = []
+    found = Counter[str]()
     for number in itertools.count():
         if number >= rounds and len(took) > rounds * crowd / 4:  # a slow machine has fewer open when they are cancelled
             break
