@@ -114,7 +114,7 @@ def test_a_worker_that_stood_still_blames_nobody(named: Callable[..., World]) ->
     with ScriptedUpstream() as upstream:
         world = named(table("steady", upstream.base_url), MILLSTREAM_IDLE_TIMEOUT="1", MILLSTREAM_LEASE="4")
         [worker] = world.workers
-        upstream.on(answer(Text(200, 0.02, seed=1)))
+        upstream.on(answer(Text(None, 0.02, seed=1, until="stood still")))
         jobs = [world.submit(f"steady {number}") for number in range(10)]
         for job_id in jobs:
             world.wait_for_seq(job_id, 5)
@@ -124,9 +124,12 @@ def test_a_worker_that_stood_still_blames_nobody(named: Callable[..., World]) ->
             worker.thaw()
             seq = world.seq(jobs[0])
             world.wait_for_seq(jobs[0], seq + 5)
-        for job_id in jobs:
+        upstream.open_gate("stood still")
+        for number, job_id in enumerate(jobs):
             result = world.outcome(job_id)
-            assert (result.status, result.text, result.attempts) == ("completed", expected_text(200, 1), 1)
+            [exchange] = upstream.requests_for(f"steady {number}")
+            whole = expected_text(exchange.chunks_sent - 2, 1)  # beside the role and the finish reason
+            assert (result.status, result.text, result.attempts) == ("completed", whole, 1)
             world.check(job_id)
 
 
