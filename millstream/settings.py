@@ -5,6 +5,7 @@ Nobody else reads the environment. `describe()` is the table in `--help` and doc
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -180,6 +181,14 @@ def _parse(metadata: Mapping[str, Any], text: str) -> Any:
         shown = "a value" if metadata["secret"] else repr(text[:80])
         expected = parse.__doc__ if parse is not str else "text"
         raise SettingsError(f"{metadata['variable']}: found {shown}, expected {expected}") from None
+
+
+def misspelled(environ: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Pairs of (variable that nobody reads, the setting it is nearly called): somebody meant that one."""
+    known = [each.metadata["variable"] for each in fields(Settings)]
+    strange = sorted(name for name in environ if name.startswith(PREFIX_VARIABLE) and name not in known)
+    found = [(name, difflib.get_close_matches(name, known, 1, 0.85)) for name in strange]
+    return [(name, near[0]) for name, near in found if near]
 
 
 def describe() -> list[tuple[str, str, str]]:

@@ -11,15 +11,20 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import structlog
+
 from millstream.errors import MillstreamError, RedisUnavailable
 from millstream.keys import LANES
 from millstream.redis_door import connect, translated
-from millstream.settings import Settings, describe
+from millstream.settings import Settings, describe, misspelled
 
-from . import log, redis_checks
+from . import log as log_lines
+from . import redis_checks
 from .process import Process
 from .rq_worker import StreamWorker, check_release
 from .upstream import UpstreamSettings, load
+
+log = structlog.get_logger()
 
 USAGE, UNREACHABLE = 2, 5
 """Exit statuses, as in the producer."""
@@ -57,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _say(f"--streams: found {asked.streams}, expected 1 to 10000", USAGE)
         settings = Settings.from_env(streams=asked.streams)
         upstreams = load(settings, os.environ)  # which names the variables that hold the keys
-        log.configure(settings.log)
+        log_lines.configure(settings.log)
+        for name, meant in misspelled(os.environ):
+            log.warning("settings.unknown", variable=name, meant=meant)
         connection = connect(settings.redis_url)
         redis_checks.check(connection, settings)
         lanes = dict.fromkeys(asked.lane or LANES)

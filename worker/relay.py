@@ -140,7 +140,7 @@ class Relay:
         self._stopped = self._stopped or "waits"  # from the release on, a heartbeat is answered `fenced`
         self._log.info("job.handed_back", upstream=wait.upstream, delay=round(wait.delay, 3))
         waits_for = msgspec.json.encode({"what": wait.what, "upstream": wait.upstream})
-        return await self._insist(self._release(wait.delay, waits_for), "job.hand_back_waits")
+        return await self._insist(self._release(wait.delay, waits_for))
 
     def _begin(self, *, again: bool, grant: Grant | None = None) -> Attempt:
         serving = self._services.upstreams.serving(self._spec.model)
@@ -195,7 +195,7 @@ class Relay:
         services.writer.remove(outbox)
         await outbox.settled()  # nor a heartbeat: it would be answered `fenced`
         wanted = calls.claim(services.keys, self.job_id, outbox.token, services.settings.lease, outbox.attempt + 1)
-        claim = await self._insist(wanted, "job.restart_waits")
+        claim = await self._insist(wanted)
         if claim.outcome != "claimed":
             return claim.outcome
         self._claim = claim
@@ -206,13 +206,13 @@ class Relay:
         self._attempt = self._begin(again=True)
         return None
 
-    async def _insist(self, call: Call[T], waits: str) -> T:
-        """Ask until Redis answers, saying that it `waits`; let go of, the job would lose an attempt."""
+    async def _insist(self, call: Call[T]) -> T:
+        """Ask until Redis answers; let go of, the job would lose an attempt."""
         while True:
             try:
                 found: T = await self._services.run(call)
             except RedisUnavailable as error:
-                self._log.warning(waits, reason=str(error))
+                self._log.warning("job.waits_for_redis", script=call.script, reason=str(error))
                 await asyncio.sleep(AWAY)
             else:
                 return found

@@ -8,7 +8,7 @@ import pytest
 
 from millstream import Settings, SettingsError
 from millstream.keys import LANES
-from millstream.settings import describe
+from millstream.settings import describe, misspelled
 
 VARIABLES = {each.metadata["variable"]: each.name for each in dataclasses.fields(Settings)}
 
@@ -124,3 +124,14 @@ def test_names_in_redis_are_those_of_the_documentation() -> None:
     assert [keys.chunks("j"), keys.open, keys.ended] == ["p:{j}:chunks", "p:open", "p:ended"]
     assert [keys.queue(lane) for lane in LANES] == ["p-interactive", "p-batch"]
     assert keys.job_of(keys.chunks("a-b_c")) == "a-b_c"
+
+
+def test_a_name_that_is_nearly_a_setting_is_noticed() -> None:
+    """Those that are nothing like one may be somebody's own, such as the variable of a key."""
+    environ = {
+        "MILLSTREAM_STREAM": "5", "MILLSTREAM_FLUSH_MSEC": "5", "MILLSTREAM_LEASE": "5", "MILLSTREAM_AZURE_KEY": "x",
+        "STREAMS": "5",
+    }  # fmt: skip
+    assert misspelled(environ) == [
+        ("MILLSTREAM_FLUSH_MSEC", "MILLSTREAM_FLUSH_MS"), ("MILLSTREAM_STREAM", "MILLSTREAM_STREAMS"),
+    ]  # fmt: skip

@@ -8,15 +8,8 @@ from typing import cast
 import pytest
 
 from worker.upstream import connection
-from worker.upstream.connection import (
-    MAX_HEAD,
-    MAX_HELD,
-    SURELY_SENT,
-    BrokenError,
-    Connection,
-    Response,
-    StaleError,
-)
+from worker.upstream.connection import SURELY_SENT, Connection
+from worker.upstream.response import MAX_HEAD, MAX_HELD, BrokenError, Response, StaleError
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 PLAIN = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n"

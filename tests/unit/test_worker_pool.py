@@ -17,8 +17,8 @@ import pytest
 import uvloop
 
 from worker.upstream import connection, pool
-from worker.upstream.connection import BrokenError
 from worker.upstream.pool import Origin, Pool
+from worker.upstream.response import BrokenError
 from worker.upstream.transport import RawBodyTransport, body_of
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"

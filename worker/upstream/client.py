@@ -15,9 +15,9 @@ from openai import AsyncOpenAI, AsyncStream
 from millstream.job import Spec
 
 from .config import UpstreamSettings
-from .connection import BrokenError, Response
 from .counts import Counts, counts
 from .failures import UpstreamFailure, from_status, plain
+from .response import BrokenError, Response
 from .sse import MAX_EVENT, begins_like_events
 from .stream import BROKE, Stream
 from .transport import RawBodyTransport, body_of

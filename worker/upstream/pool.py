@@ -11,7 +11,8 @@ from typing import Any, Final, NamedTuple
 
 import aiohappyeyeballs
 
-from .connection import BrokenError, Connection, Response, StaleError
+from .connection import Connection
+from .response import BrokenError, Response, StaleError
 
 KEEP_IDLE: Final = 15.0
 """Seconds an idle connection is kept: less than what servers and what lies between allow (60 s and more)."""

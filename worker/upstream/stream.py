@@ -11,8 +11,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 from .chunks import DONE, Chunks, Part
-from .connection import BrokenError, Response
 from .failures import UpstreamFailure
+from .response import BrokenError, Response
 from .sse import EventTooLargeError, Named, SseDecoder
 
 MAX_ANSWER: Final = 512 * 1024 * 1024

@@ -13,8 +13,8 @@ from typing import Final
 
 import httpx2
 
-from .connection import BrokenError, MalformedError, Response
 from .pool import Origin, Pool
+from .response import BrokenError, MalformedError, Response
 
 MAX_ERROR_BODY: Final = 64 * 1024
 ERROR_PATIENCE: Final = 5.0
