@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -189,6 +189,26 @@ async def test_a_cancelled_job_in_line_gives_its_ticket_back(client: Client, set
         assert [job_id for _, job_id, _ in started] == ["job-0", "job-29"]
     gauge = client.limits()[0]
     assert (gauge.requests.used, gauge.streams.used, gauge.waiting["interactive"]) == (2, 0, 0)
+
+
+async def test_no_look_outlives_its_intake(
+    client: Client, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where redis-py loses the cancellation: the connection it would make again is one that nobody closes."""
+    looks = 0
+
+    async def deaf(*_: Any) -> None:
+        nonlocal looks
+        looks += 1
+        with suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr("redis.asyncio.Redis.blmove", deaf)
+    before = asyncio.all_tasks()
+    async with fleet(settings, Limits()):
+        await until(lambda: looks == len(LANES))
+    assert asyncio.all_tasks() == before
 
 
 async def test_a_job_too_large_is_claimed_to_fail(client: Client, settings: Settings) -> None:
