@@ -191,9 +191,7 @@ async def test_a_cancelled_job_in_line_gives_its_ticket_back(client: Client, set
     assert (gauge.requests.used, gauge.streams.used, gauge.waiting["interactive"]) == (2, 0, 0)
 
 
-async def test_no_look_outlives_its_intake(
-    client: Client, settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_no_look_outlives_its_intake(client: Client, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where redis-py loses the cancellation: the connection it would make again is one that nobody closes."""
     looks = 0
 
