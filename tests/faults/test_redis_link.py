@@ -69,7 +69,7 @@ def test_jobs_go_on_where_they_stood_when_redis_is_back(
         for worker in workers:
             assert worker.said("redis.away")
             assert worker.said("redis.back")
-            assert not worker.said("sweep.delivered_again")
+            assert not worker.said("sweep.delivered_again", because="lost")
             worker.terminate()
             assert worker.wait() == 0
         world.check_left()
