@@ -43,7 +43,7 @@ def test_costly_requests_cost_nobody_a_lease(world: World, experiment: Experimen
     world.outcome(beside)
     world.check(beside, [consumer.join()[beside]])
     assert world.starts(beside) == [(1, None)]
-    # (A slow machine may take the patience for a queued job to read them all; who is delivered again then finds a lease.)
+    # A slow machine may need longer than the patience to read them all: what is delivered again then finds a lease.
     assert not watching.said("sweep.delivered_again", because="lost")
     ats = [event.at for event in world.client.follow(beside) if isinstance(event, Chunk)]
     pause = max(later - earlier for earlier, later in itertools.pairwise(ats))
