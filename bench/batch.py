@@ -143,9 +143,9 @@ def product(rows: int, window: int, kills: int = 0) -> Batch:
         began = time.monotonic()
         pair.start("producer")
         peak = empty
-        # A line takes about 300 bytes: enough to spread the kills, which need no exact place.
+        # A line takes about 540 bytes: enough to spread the kills, which need no exact place.
         due = [("producer", "worker")[at % 2] for at in range(2 * kills)]
-        every = 300 * rows // (2 * kills + 1)
+        every = 540 * rows // (2 * kills + 1)
         while not pair.done():
             peak = max(peak, here.valkey.info()["used_memory"])
             pair.look()

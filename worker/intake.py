@@ -40,8 +40,11 @@ PEEK: Final = 2.0
 """Seconds one blocking wait lasts, below the socket's timeout."""
 
 SUSPENDED: Final = 0.5
+"""Seconds between looks while RQ is suspended."""
+
+AWAY_FIRST: Final = 0.05
 AWAY: Final = 0.5
-"""Seconds between looks while RQ is suspended, or Redis away."""
+"""Seconds between looks while Redis is away: soon at first, since what was claimed has a lease that runs; doubling."""
 
 log = structlog.get_logger()
 
@@ -63,7 +66,7 @@ class Intake:
         self._tickets = tickets
         self._free = slots
         self._freed = asyncio.Event()
-        self._away = False
+        self._away = 0.0  # seconds until the next look, 0.0 while Redis answers
         self._stopping = asyncio.Event()
         self._peeks: dict[str, asyncio.Task[bool]] = {}
 
@@ -88,7 +91,7 @@ class Intake:
                     continue
                 try:
                     taken = await self._client.run(self._worker.take(min(self._free, BATCH)))
-                    self._away = False
+                    self._away = 0.0
                     if taken:
                         await self._turn_in(taken)
                     if taken is not None and await self._serve_lines():
@@ -139,8 +142,8 @@ class Intake:
     async def _while_away(self, error: RedisUnavailable) -> None:
         if not self._away:
             log.warning("intake.redis_away", reason=str(error))
-        self._away = True
-        await asyncio.sleep(AWAY)
+        self._away = min(2 * self._away or AWAY_FIRST, AWAY)
+        await asyncio.sleep(self._away)
 
     async def _turn_in(
         self,

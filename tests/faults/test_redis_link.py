@@ -18,7 +18,7 @@ from tests.upstream import Chunk as Part
 from tests.upstream import Finish, Pause, Reset, Script, Text, WaitFor, answer, expected_text, seed_of
 from tests.valkey import Valkey
 from tests.worker_process import wait_until
-from tests.world import SHORTEST, World
+from tests.world import World
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ def test_lost_replies_double_and_lose_nothing(
     if replies == "torn" and not soak:
         pytest.skip("in the long round")
     with Proxy(valkey_url) as proxy:
-        world, honest = make_world(proxy.url, MILLSTREAM_LEASE=f"{SHORTEST:g}"), make_world(valkey_url)
+        world, honest = make_world(proxy.url), make_world(valkey_url)
         lose = proxy.lose_every if replies == "lost" else proxy.tear_every
         worker = world.worker()
         prompts = [f"lost reply {number}" for number in range(30)]
@@ -179,7 +179,7 @@ def test_lost_replies_to_cancels_and_restarts(
     Whether that is a new attempt depends on whether anything of the first had been written when it broke.
     """
     with Proxy(valkey_url) as proxy:
-        world, honest = make_world(proxy.url, MILLSTREAM_LEASE=f"{SHORTEST:g}"), make_world(valkey_url)
+        world, honest = make_world(proxy.url), make_world(valkey_url)
         world.worker()
         proxy.lose_every(5)
         broken = [f"broken under loss {number}" for number in range(20)]
