@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
 import sys
 import threading
 import time
+import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
 
 import fakeredis
+import hypothesis
 import pytest
 import redis
 
@@ -22,15 +24,21 @@ from millstream.testing import ScriptedChannel, fake_async_client, fake_client
 from tests.oracle import check_keys
 from tests.upstream import ScriptedUpstream
 from tests.valkey import Valkey, find_server
+from tests.worker_process import PATIENCE
 from tests.world import World, a_world
-
-_GRACE: Final = 2.0
-"""Seconds a thread or process that is ending may take to be gone."""
 
 SOAK_TIMEOUT: Final = 1800
 """Seconds one test of the long round may take."""
 
 _servers: list[Valkey] = []
+
+# Examples are judged by what they do, not by how busy the machine is. In CI hypothesis takes its own profile `ci`,
+# which does the same and plays always the same examples.
+hypothesis.settings.register_profile(
+    "elsewhere", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+if not os.environ.get("CI"):
+    hypothesis.settings.load_profile("elsewhere")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell's background job ignores SIGINT, and so would every process that a test starts and interrupts.
@@ -45,7 +53,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="where --soak writes its report (default: build/soak.json)",
     )  # fmt: skip
     parser.addoption("--soak-minutes", type=float, default=0.0, metavar="N", help="N minutes of 1,000 streams as well")
-    parser.addoption("--seed", type=int, help="replay this schedule of tests/simulation, and print all of its trace")
+    parser.addoption("--seed", type=int, help=(
+        "replay this schedule of tests/simulation, and print all of its trace; elsewhere, what a test leaves to chance"
+    ))  # fmt: skip
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -189,6 +199,20 @@ def named(make_world: Callable[..., World], valkey: Valkey, tmp_path: Path) -> C
 
 
 @pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """Of all that a test leaves to chance. In CI a test has always the same one, so that a change is judged by itself.
+
+    Elsewhere, and in the long round, it is a new one, which a failure shows; `--seed N` plays it again.
+    """
+    given: int | None = request.config.getoption("--seed")
+    if given is not None:
+        return given
+    if os.environ.get("CI") and not request.config.getoption("--soak"):
+        return zlib.crc32(request.node.name.encode())
+    return random.SystemRandom().randrange(2**32)
+
+
+@pytest.fixture
 def say(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
     """Prints a line past pytest's capture: how many trials ran, and their seed."""
 
@@ -204,7 +228,7 @@ def _nothing_left_behind() -> Iterator[None]:
     """No test leaves a thread or a process behind."""
     threads, children = set(threading.enumerate()), _children()
     yield
-    deadline = time.monotonic() + _GRACE
+    deadline = time.monotonic() + PATIENCE
     while left := _left(threads, children):
         assert time.monotonic() < deadline, f"left behind: {left}"
         time.sleep(0.005)

@@ -60,10 +60,11 @@ def _check_order(job_id: str, log: Sequence[AnyEvent]) -> None:
 
 
 def _check_retention(redis: Any, keys: Keys, job_id: str, retention_ms: int) -> None:
-    ttls = [redis.pttl(name(job_id)) for name in (keys.spec, keys.state, keys.log)]
-    assert min(ttls) > 0, f"{job_id}: spec, state, log expire in {ttls} ms"
-    assert max(ttls) - min(ttls) <= _TTL_SPREAD_MS, f"{job_id}: spec, state, log expire apart: {ttls} ms"
-    assert max(ttls) <= retention_ms, f"{job_id}: expires in {max(ttls)} ms, its retention is {retention_ms} ms"
+    ends = [redis.pexpiretime(name(job_id)) for name in (keys.spec, keys.state, keys.log)]
+    assert min(ends) > 0, f"{job_id}: spec, state, log expire at {ends} ms"
+    assert max(ends) - min(ends) <= _TTL_SPREAD_MS, f"{job_id}: spec, state, log expire apart: {ends} ms"
+    left = redis.pttl(keys.state(job_id))
+    assert left <= retention_ms, f"{job_id}: expires in {left} ms, its retention is {retention_ms} ms"
 
 
 def check_consumers(lists: Iterable[Sequence[AnyEvent]], log: Sequence[AnyEvent]) -> None:

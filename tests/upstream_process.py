@@ -21,10 +21,11 @@ class Upstream:
 
     def ask(self, command: str) -> Any:
         """The answer to a command, parsed."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{command}\n")
-        self._process.stdin.flush()
-        return json.loads(self._line())
+        return json.loads(self._said(command))
+
+    def open_gate(self, gate: str) -> None:
+        """Lets every script that waits for this gate go on."""
+        assert self._said(f"open {gate}") == f"opened {gate}"
 
     def open_streams(self) -> int:
         return int(self.ask("count")["open"])
@@ -33,6 +34,12 @@ class Upstream:
         """The one request with this prompt."""
         [found] = [each for each in self.ask("journal") if each["prompt"] == prompt]
         return dict(found)
+
+    def _said(self, command: str) -> str:
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{command}\n")
+        self._process.stdin.flush()
+        return self._line()
 
     def _line(self) -> str:
         assert self._process.stdout is not None

@@ -14,6 +14,7 @@ import redis
 from local import server_binary, valkey
 from local.errors import Missing
 from tests.tally import TALLY
+from tests.worker_process import stands_still
 
 
 def find_server() -> str | None:
@@ -40,9 +41,10 @@ class Valkey(valkey.Valkey):
         super().kill()
 
     def freeze(self) -> None:
-        """SIGSTOP: connections stay, nothing is answered."""
+        """SIGSTOP: connections stay, nothing is answered; returns when it stands still."""
         TALLY.stops += 1
         os.kill(self.pid, signal.SIGSTOP)
+        stands_still(self.pid)
 
     def thaw(self) -> None:
         os.kill(self.pid, signal.SIGCONT)

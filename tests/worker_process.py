@@ -34,6 +34,12 @@ def wait_until(holds: Callable[[], Any], what: str, within: float = PATIENCE) ->
     return found
 
 
+def stands_still(pid: int) -> None:
+    """Wait until a process that was sent SIGSTOP has stopped."""
+    if (stat := Path(f"/proc/{pid}/stat")).exists():
+        wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", f"process {pid} stands still")
+
+
 def environment(settings: Mapping[str, str]) -> dict[str, str]:
     """What a process of a test sees: these settings, and of ours only what it needs to run."""
     kept = {name: os.environ[name] for name in _INHERITED if name in os.environ}
@@ -97,8 +103,7 @@ class WorkerProcess:
         """SIGSTOP; returns when it stands still."""
         TALLY.stops += 1
         os.kill(self.pid, signal.SIGSTOP)
-        if (stat := Path(f"/proc/{self.pid}/stat")).exists():
-            wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", "the worker stands still")
+        stands_still(self.pid)
 
     def thaw(self) -> None:
         os.kill(self.pid, signal.SIGCONT)

@@ -16,7 +16,7 @@ import msgspec
 
 from local import guard
 from millstream import Client, Event, Result, Settings
-from millstream.events import AnyEvent, Started
+from millstream.events import AnyEvent, Chunk, Started, unpack
 from tests.oracle import check_consumers, check_keys, check_log
 from tests.tally import TALLY
 from tests.upstream import DEFAULT_CHUNKS, Exchange, ScriptedUpstream, expected_text, seed_of
@@ -98,11 +98,32 @@ class World:
     def outcome(self, job_id: str, within: float = PATIENCE) -> Result:
         return self.client.outcome(job_id, within)[0]
 
+    def now(self) -> float:
+        """The server's clock, by which events have their `at`: a test that is slow to look does not count."""
+        seconds, micros = self.redis.time()
+        return float(seconds) + float(micros) / 1e6
+
+    def began_at(self, job_id: str, attempt: int = 1) -> float:
+        """When this attempt of an ended job began, by the server's clock."""
+        [found] = [
+            each.at for each in self.client.follow(job_id) if isinstance(each, Started) and each.attempt == attempt
+        ]
+        return found
+
     def seq(self, job_id: str) -> int:
         return int(self.redis.hget(self.keys.state(job_id), "seq"))
 
     def wait_for_seq(self, job_id: str, seq: int) -> None:
         wait_until(lambda: self.seq(job_id) >= seq, f"event {seq} of {job_id}")
+
+    def shows(self, job_id: str, attempt: int = 1) -> bool:
+        """Whether the newest event is a chunk of this attempt: a break that comes now is no silent retry."""
+        entries = self.redis.xrevrange(self.keys.log(job_id), count=1)
+        newest = [event for entry in entries for event in unpack(*entry)]
+        return bool(newest) and isinstance(newest[-1], Chunk) and newest[-1].attempt == attempt
+
+    def wait_until_shown(self, job_id: str, attempt: int = 1) -> None:
+        wait_until(lambda: self.shows(job_id, attempt), f"a chunk of attempt {attempt} of {job_id}")
 
     def wait_for_status(self, job_id: str, *statuses: str, within: float = PATIENCE) -> str:
         wait_until(lambda: self.status(job_id) in statuses, f"{job_id} is {' or '.join(statuses)}", within)

@@ -29,6 +29,7 @@ from millstream.job import Spec, parse
 from millstream.redis_door import translated
 
 from .clerk import Clerk
+from .ending import end
 from .limiter import Grant
 from .rq_worker import Entry, PoisonError, StreamWorker
 from .tickets import Leave, Tickets
@@ -102,8 +103,7 @@ class Intake:
                 except RedisUnavailable as error:
                     await self._while_away(error)
         finally:
-            for waiting in (stop, *self._peeks.values()):
-                waiting.cancel()
+            await end((stop, *self._peeks.values()))  # one that went on would connect again after the client's close
 
     async def _wait(self, stop: asyncio.Task[Any], *, suspended: bool) -> None:
         if suspended:

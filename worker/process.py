@@ -26,6 +26,7 @@ from millstream.settings import Settings
 from .choice import GuardedUpstream, Upstreams
 from .clerk import Clerk
 from .clocks import Ticker
+from .ending import end
 from .intake import Intake
 from .limiter import Limiter
 from .line import Line
@@ -114,10 +115,10 @@ class Process:
             await self._work(burst=burst)
             await self._drain()
         finally:
-            await _end(services[1:])
+            await end(services[1:])
             await self._settle()
             await self._clerk.close()
-            await _end(services[:1])
+            await end(services[:1])
             await self._upstreams.close()
             await self._client.close()
             self._line.close()
@@ -233,15 +234,3 @@ class Process:
                 except RedisUnavailable as error:  # released it is: a sweep finds that nobody delivered it
                     log.warning("worker.not_delivered", jobs=len(done), reason=str(error))
                     return
-
-
-async def _end(services: Sequence[asyncio.Task[None]]) -> None:
-    """Cancel tasks until they have ended.
-
-    Once is not enough: on Python 3.11 `asyncio.wait_for`, in which redis-py sends, loses a cancellation that comes in
-    the very turn of the loop in which the sending is done.
-    """
-    while left := [service for service in services if not service.done()]:
-        for service in left:
-            service.cancel()
-        await asyncio.wait(left, timeout=0.1)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +73,24 @@ class Hands:
         until = int(self.state(job_id)[field])
         while self.now_ms() <= until:
             time.sleep(0.001)
+
+    def make_past(self, job_id: str, field: str) -> None:
+        """As if a time in the job's state had come, however far ahead it is."""
+        self.client.redis.hset(self.client.keys.state(job_id), field, self.now_ms() - 1)
+
+    @contextmanager
+    def from_now(self) -> Iterator[Callable[[int], range]]:
+        """`after(ms)`: the moments (ms, the server's clock) so long after what happens in the block, however long
+        that takes.
+        """
+        began = self.now_ms()
+        ended: list[int] = []
+
+        def after(ms: int) -> range:
+            return range(began + ms, ended[0] + ms + 1)
+
+        yield after
+        ended.append(self.now_ms())
 
     def make_due(self, *job_ids: str) -> None:
         """Have the sweep look at these jobs now."""

@@ -215,10 +215,9 @@ class Restless:
 
 @only_valkey
 def test_killed_subscriptions_cost_no_event(
-    client: Client, channel: ScriptedChannel, follow: Follow, say: Callable[[str], None]
+    client: Client, channel: ScriptedChannel, follow: Follow, say: Callable[[str], None], seed: int
 ) -> None:
     """CLIENT KILL TYPE pubsub at random moments while three consumers follow: all lists equal the log."""
-    seed = random.randrange(2**32)
     chance = random.Random(seed)
     kills = rounds = events = 0
     while kills < 60:
@@ -275,10 +274,9 @@ def test_a_slow_consumer_that_is_cut_off_sees_everything(
 
 
 def test_random_writers_and_consumers_agree(
-    client: Client, channel: ScriptedChannel, hands: Hands, follow: Follow, say: Callable[[str], None]
+    client: Client, channel: ScriptedChannel, hands: Hands, follow: Follow, say: Callable[[str], None], seed: int
 ) -> None:
     """Consumers that begin at random moments from random cursors, while packs of random sizes are written."""
-    seed = random.randrange(2**32)
     chance = random.Random(seed)
     trials = 0
     for number in range(4):

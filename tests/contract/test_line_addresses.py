@@ -7,8 +7,9 @@ import shutil
 import ssl
 import subprocess
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -26,6 +27,7 @@ from tests.contract.lines import (
     ask,
     connections,
     emptied,
+    until,
     with_password,
 )
 from tests.valkey import Valkey
@@ -124,21 +126,29 @@ async def wrapped(server: Valkey, certificate: tuple[Path, Path]) -> AsyncIterat
     context.load_cert_chain(*certificate)
     host, port = server.url.removeprefix("redis://").removesuffix("/0").split(":")
 
+    serving: set[asyncio.Task[Any] | None] = set()
+
     async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(65536):
             writer.write(data)
         writer.close()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        serving.add(asyncio.current_task())
         back_reader, back_writer = await asyncio.open_connection(host, int(port))
         await asyncio.gather(carry(reader, back_writer), carry(back_reader, writer), return_exceptions=True)
+        for each in (writer, back_writer):
+            each.close()
+            with suppress(OSError):  # ssl.SSLError too
+                await each.wait_closed()
+        serving.discard(asyncio.current_task())
 
     front = await asyncio.start_server(serve, "localhost", ssl=context)
     try:
         yield front.sockets[0].getsockname()[1]
     finally:
         front.close()
-        await asyncio.sleep(0.01)
+        await until(lambda: not serving)  # the line has left: they end by themselves, and must before their loop does
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from millstream import (
 )
 from millstream import client as client_module
 from millstream.testing import ManualClock, ScriptedChannel, fake_async_client, fake_client
-from tests.contract.consumers import Consumer, wait_until
+from tests.contract.consumers import PATIENCE, Consumer, wait_until
 from tests.oracle import check_consumers, check_keys, check_log
 from tests.valkey import Valkey
 
@@ -149,12 +149,12 @@ def test_a_result_keeps_its_time_while_the_server_is_away(
 ) -> None:
     """The caller's timeout holds during an outage too: it is told that Redis cannot be reached."""
     monkeypatch.setattr("millstream.redis_door.RETRIES", 1)
-    settings = Settings(redis_url=own_server.url)
+    settings, clock = Settings(redis_url=own_server.url), ManualClock()
     with Client(settings=settings) as client:
         client.submit("Hi", id="j")
 
     async def ask() -> None:
-        async with AsyncClient(settings=settings) as made:
+        async with AsyncClient(settings=settings, clock=clock) as made:
             await made.result("j", timeout=1.0)
 
     caught: list[BaseException] = []
@@ -162,7 +162,7 @@ def test_a_result_keeps_its_time_while_the_server_is_away(
     def wait_for_it() -> None:
         try:
             if kind == "sync":
-                with Client(settings=settings) as made:
+                with Client(settings=settings, clock=clock) as made:
                     made.result("j", timeout=1.0)
             else:
                 asyncio.run(ask())
@@ -174,7 +174,8 @@ def test_a_result_keeps_its_time_while_the_server_is_away(
     with Client(settings=settings) as client:
         wait_until(lambda: client.redis.pubsub_numsub(client.keys.chunks("j"))[0][1] == 1, "the subscription")
     own_server.kill()
-    waiter.join(20)
+    clock.advance(1.0)
+    waiter.join(PATIENCE)
     assert not waiter.is_alive()
     assert "cannot be reached" in str(caught[0])
 

@@ -48,7 +48,7 @@ async def working(repacker: Repacker) -> AsyncIterator[asyncio.Task[None]]:
     try:
         yield task
     finally:
-        while not task.done():  # once is not enough on Python 3.11, see `_end` in worker/process.py
+        while not task.done():  # once is not enough on Python 3.11, see `end` in worker/ending.py
             task.cancel()
             await asyncio.wait([task], timeout=0.1)
 

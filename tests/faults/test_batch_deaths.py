@@ -19,10 +19,11 @@ STREAMS: Final = 40
 
 
 @pytest.mark.experiment(40)
-def test_every_row_once_whoever_is_killed(world: World, tmp_path: Path, experiment: Experiment, soak: bool) -> None:
+def test_every_row_once_whoever_is_killed(
+    world: World, tmp_path: Path, experiment: Experiment, soak: bool, seed: int
+) -> None:
     """Both are killed at random moments, in turn and together; the same command goes on."""
     kills, count = (20, 4000) if soak else (3, 240)
-    seed = random.randrange(1 << 32)
     chance = random.Random(seed)
     experiment.note(f"{kills} kills of the producer, {kills} of the worker, {count} rows, seed {seed}")
     paced(world, 0.005)

@@ -43,7 +43,8 @@ def test_costly_requests_cost_nobody_a_lease(world: World, experiment: Experimen
     world.outcome(beside)
     world.check(beside, [consumer.join()[beside]])
     assert world.starts(beside) == [(1, None)]
-    assert not watching.said("sweep.delivered_again")
+    # A slow machine may need longer than the patience to read them all: what is delivered again then finds a lease.
+    assert not watching.said("sweep.delivered_again", because="lost")
     ats = [event.at for event in world.client.follow(beside) if isinstance(event, Chunk)]
     pause = max(later - earlier for earlier, later in itertools.pairwise(ats))
     experiment.note(f"a stream beside 12 requests of 0.3 s each paused for {pause:.2f} s at most")
@@ -83,7 +84,7 @@ def test_a_loop_that_is_busy_for_two_leases_keeps_its_jobs(world: World) -> None
     assert world.outcome(job_id).text == expected_text(90, 1)
     world.check(job_id, [consumer.join()[job_id]])
     assert world.starts(job_id) == [(1, None)]
-    assert not other.said("sweep.delivered_again")
+    assert not other.said("sweep.delivered_again", because="lost")
     TALLY.trials += 1
 
 

@@ -39,9 +39,8 @@ def test_a_killed_consumer_disturbs_nobody(shared: World) -> None:
 
 
 @pytest.mark.experiment(27)
-def test_killed_subscriptions_lose_nothing(shared: World, say: Callable[[str], None]) -> None:
+def test_killed_subscriptions_lose_nothing(shared: World, say: Callable[[str], None], seed: int) -> None:
     """CLIENT KILL TYPE pubsub at 120 random moments under live streams: every consumer ends with the whole log."""
-    seed = random.randrange(2**32)
     moments = random.Random(seed)
     prompts = [f"subscriptions, seed {seed}, {number}" for number in range(10)]
     for prompt in prompts:

@@ -13,7 +13,6 @@ from typing import Final
 
 import pytest
 
-from millstream.events import Chunk, unpack
 from tests.contract.consumers import Consumer
 from tests.faults.report import Experiment
 from tests.tally import TALLY
@@ -47,7 +46,7 @@ def test_50_live_streams_run_again_after_every_kill(world: World, experiment: Ex
     took = []
     for attempt in range(1, kills + 1):
         for job_id in jobs:
-            wait_until(partial(shows, world, job_id, attempt), f"attempt {attempt} is shown")
+            world.wait_until_shown(job_id, attempt)
         successor = world.worker()
         killed = time.monotonic()
         worker.kill()
@@ -72,20 +71,13 @@ def has(count: int, journal: Journal) -> bool:
     return len(journal) == count
 
 
-def shows(world: World, job_id: str, attempt: int) -> bool:
-    """Whether the newest event is a chunk of this attempt."""
-    newest = [event for entry in world.redis.xrevrange(world.keys.log(job_id), count=1) for event in unpack(*entry)]
-    return bool(newest) and isinstance(newest[-1], Chunk) and newest[-1].attempt == attempt
-
-
 @pytest.mark.experiment(16)
-def test_kills_at_random_moments_lose_nothing(world: World, experiment: Experiment, soak: bool) -> None:
+def test_kills_at_random_moments_lose_nothing(world: World, experiment: Experiment, soak: bool, seed: int) -> None:
     """kill -9 whenever: between take and claim, before the first token, at the end; some jobs are cancelled meanwhile.
 
     Every job that nobody cancelled completes with its whole text, and was begun anew only where its worker was lost.
     """
     kills = 40 if soak else 4
-    seed = random.randrange(2**32)
     moments = random.Random(seed)
     experiment.note(f"kills at random moments: seed {seed}")
     workers = [world.start("--streams", "20"), world.start("--streams", "20")]
@@ -173,7 +165,7 @@ def test_attempts_that_keep_dying_end_the_job(make_world: Callable[..., World], 
         worker = world.worker()
         for number in (1, 2):
             world.held(gate, number)
-            wait_until(partial(shows, world, job_id, number), f"attempt {number} is written")
+            world.wait_until_shown(job_id, number)
             successor = world.worker()
             worker.kill()
             worker = successor

@@ -29,14 +29,14 @@ LOUD = [Part(f"{number:08}" * 125) for number in range(80)]
 
 @pytest.mark.experiment(24)
 def test_a_failover_that_lost_the_tail_mixes_nothing(
-    make_world: Callable[..., World], make_valkey: Callable[..., Valkey], soak: bool, experiment: Experiment
-) -> None:
+    make_world: Callable[..., World], make_valkey: Callable[..., Valkey], soak: bool, seed: int,
+    experiment: Experiment,
+) -> None:  # fmt: skip
     """The replication stands still for a while, then the primary dies and the replica takes its place.
 
     The living workers write the tail again with the same seqs; where they no longer have it the job fails with
     `log_lost`; a job the replica never heard of is not found. Consumers that saw more are told LogRewound.
     """
-    seed = random.randrange(2**32)
     moments = random.Random(seed)
     loss, again = Loss(), 0
     for number in range(3 if soak else 1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import statistics
 import time
@@ -156,17 +157,19 @@ def test_a_job_whose_worker_died_is_cancelled(world: World) -> None:
     assert len(world.upstream.requests_for(prompt)) == 1
 
 
-def test_cancels_at_random_moments(world: World, experiment: Experiment, soak: bool) -> None:
+def test_cancels_at_random_moments(world: World, experiment: Experiment, soak: bool, seed: int) -> None:
     """Queued, waiting for the upstream, before the first token, in mid-stream, at the end: one terminal event each.
 
     Where a request was open, its socket is closed within a second.
     """
     rounds, crowd = (7, 50) if soak else (4, 50)
-    seed = random.randrange(2**32)
     moments = random.Random(seed)
     world.worker("--streams", "40")  # fewer slots than jobs: some are still queued
-    took, found = [], Counter[str]()
-    for number in range(rounds):
+    took: list[tuple[float, Exchange]] = []
+    found = Counter[str]()
+    for number in itertools.count():
+        if number >= rounds and len(took) > rounds * crowd / 4:  # a slow machine has fewer open when they are cancelled
+            break
         jobs = [(world.submit(prompt), prompt) for prompt in crowd_of(world, moments, f"{seed} {number}", crowd)]
         consumer = Consumer(world.make_client, [job_id for job_id, _ in jobs])
         began = time.monotonic()
@@ -183,9 +186,8 @@ def test_cancels_at_random_moments(world: World, experiment: Experiment, soak: b
             world.check(job_id, [events])
         world.upstream.journal.wait_for(lambda journal: journal.open_streams == 0)
     closed = [each.closed_at - asked for asked, each in took if each.outcome == "client_closed" and each.closed_at]
-    assert len(closed) > rounds * crowd / 4
     assert max(closed) < TAKES_EFFECT
-    assert found["cancelled"] > rounds * crowd / 2
+    assert found["cancelled"] > found.total() / 2
     experiment.note(
         f"{found.total()} cancels at random moments, seed {seed}: {dict(found)}; {len(closed)} open sockets closed "
         f"after {statistics.median(closed):.3f} s (median), {max(closed):.3f} s (most)"

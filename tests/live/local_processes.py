@@ -7,10 +7,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.worker_process import PATIENCE
+
 _PROC = Path("/proc")
 
 
-def wait_until(holds: Callable[[], bool], patience: float = 10.0) -> None:
+def wait_until(holds: Callable[[], bool], patience: float = PATIENCE) -> None:
     """Return as soon as `holds()` does; fail after `patience` seconds."""
     deadline = time.monotonic() + patience
     while not holds():

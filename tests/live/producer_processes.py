@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from millstream import Client, Settings
+from tests.worker_process import PATIENCE
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 20.0  # seconds for what takes well under one; only a failure ever waits so long
 
 
 def wait_until(holds: Callable[[], Any]) -> None:

@@ -10,5 +10,5 @@ N: Final = 12
 WHOLE: Final = expected_text(N, 1)
 GOOD: Final = answer(Text(N, seed=1))
 SHORT_CLOCKS: Final = {
-    "MILLSTREAM_IDLE_TIMEOUT": "0.6", "MILLSTREAM_FIRST_TOKEN_TIMEOUT": "1.2", "MILLSTREAM_RETRIES": "2",
+    "MILLSTREAM_IDLE_TIMEOUT": "1", "MILLSTREAM_FIRST_TOKEN_TIMEOUT": "2", "MILLSTREAM_RETRIES": "2",
 }  # fmt: skip

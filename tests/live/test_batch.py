@@ -161,6 +161,11 @@ def open_rows(world: World) -> int:
     return int(world.redis.zcard(world.keys.open))
 
 
+def listens(world: World) -> bool:
+    """Whether a producer blocks on the feed of ended jobs."""
+    return any(each["cmd"] == "xread" and "b" in each["flags"] for each in world.redis.client_list())
+
+
 def test_the_first_ctrl_c_waits_and_the_second_leaves(world: World, tmp_path: Path) -> None:
     """Nothing is submitted after the first; what is open goes on after the second, and is picked up later."""
     source, out = write(tmp_path / "in.jsonl", map_rows(9)), tmp_path / "out.jsonl"
@@ -180,8 +185,8 @@ def test_the_first_ctrl_c_waits_and_the_second_leaves(world: World, tmp_path: Pa
     assert open_rows(world) == 4
 
     with batch(world.environ, source, out, "--window", "4") as run:
-        wait_until((tmp_path / "out.jsonl").exists, "it runs")
-        time.sleep(0.5)  # long enough for it to submit more, if it did not count the four as its own
+        wait_until(lambda: listens(world), "it has its window full, and waits for an end")
+        assert open_rows(world) == 4, "it counts the four as its own"
         run.process.send_signal(signal.SIGINT)
         assert run.process.stderr is not None
         assert "waiting for 4" in run.process.stderr.readline()

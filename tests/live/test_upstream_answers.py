@@ -19,6 +19,7 @@ from tests.upstream import (
     Stall,
     Status,
     Text,
+    WaitFor,
     answer,
     error,
     expected_text,
@@ -127,8 +128,10 @@ def test_hostile_text_is_kept_as_it_is_and_stays_out_of_the_logs(shared: World) 
 
 def test_a_break_after_content_begins_the_text_anew(shared: World) -> None:
     """What was shown is void and announced as such: the callback form restarts, and its text is whole."""
-    shared.upstream.on(Script(Text(7, 0.01, seed=9), Reset()), GOOD, prompt="begins anew")
+    shared.upstream.on(Script(Text(7, seed=9), WaitFor("shown, anew"), Reset()), GOOD, prompt="begins anew")
     job_id = shared.submit("begins anew")
+    shared.wait_until_shown(job_id)
+    shared.upstream.open_gate("shown, anew")
     shown: list[str] = []
     restarts: list[tuple[int, str | None]] = []
 
@@ -144,8 +147,10 @@ def test_a_break_after_content_begins_the_text_anew(shared: World) -> None:
 
 def test_a_job_may_ask_to_fail_when_its_stream_breaks(shared: World) -> None:
     """`on_break="fail"`: no further attempt, and the text so far stays readable."""
-    shared.upstream.on(Script(Text(7, 0.01, seed=1), Reset()), prompt="rather fail")
+    shared.upstream.on(Script(Text(7, seed=1), WaitFor("shown, fails"), Reset()), prompt="rather fail")
     job_id = shared.submit("rather fail", on_break="fail")
+    shared.wait_until_shown(job_id)
+    shared.upstream.open_gate("shown, fails")
     result = shared.outcome(job_id)
     assert result.error is not None
     assert (result.status, result.error["code"], result.text) == ("failed", "stream_broken", expected_text(7, 1))

@@ -74,8 +74,10 @@ def silent(name: str, fault: Script) -> Row:
 
 
 def broken(name: str, *fault: Any, **more: Any) -> Row:
-    """The fault comes after seven chunks, which were shown: a new attempt, whose text is whole."""
-    return whole(f"{name} after 7", Script(Text(7, 0.01, seed=9), *fault, **more), GOOD, attempts=2)
+    """The fault comes after seven chunks, the first of which was shown: a new attempt, whose text is whole."""
+    name = f"{name} after 7"
+    seven = (Text(1, seed=9), WaitFor(name), Text(6, seed=8))
+    return whole(name, Script(*seven, *fault, **more), GOOD, attempts=2)
 
 
 def final(name: str, script: Script, code: str, text: str = "") -> Row:
@@ -99,14 +101,14 @@ ROWS: Final = [
     silent("no head", Script(Stall())),
     silent("a head and silence", Script(Headers(), Stall())),
     silent("a role and comments", Script(Part("", role="assistant"), Stall(comment_every=0.1))),
-    whole("a late head", Script(Pause(0.7), *GOOD.steps)),
+    whole("a late head", Script(Pause(1.1), *GOOD.steps)),
     broken("a stall", Stall()),
     broken("a stall with comments", Stall(comment_every=0.1)),
     broken("pings for ever", *[step for _ in range(30) for step in (Ping(), Pause(0.1))]),
     # 7: resets
     silent("a reset", Script(Reset())),
     silent("a reset after the head", Script(Headers(), Reset())),
-    whole("a reset after 1", Script(Text(1, seed=9), WaitFor("seen 1"), Reset()), GOOD, attempts=2),
+    whole("a reset after 1", Script(Text(1, seed=9), WaitFor("one"), Reset()), GOOD, attempts=2),
     broken("a reset", Reset()),
     # 8: ends that are none
     *(broken(f"a clean end, {framing}", framing=framing) for framing in ("chunked", "close", "content-length")),
@@ -117,8 +119,9 @@ ROWS: Final = [
     # 9: words that do not mean the end
     broken("[DONE]", Done()),
     *(broken(f"finish {reason!r}", Finish(reason), Done()) for reason in (None, "", "abort", "error", "STOP")),
-    Row("abort for ever", [Script(Text(3, 0.01, seed=1), Finish("abort"), Done())], "failed", expected_text(3, 1),
-        "attempts_exhausted", attempts=2, requests=2, asked={"max_attempts": 2}, reasons={}),
+    Row("abort for ever", [Script(Text(3, seed=1), WaitFor(gate), Finish("abort"), Done()) for gate in ("aa", "ab")],
+        "failed", expected_text(3, 1), "attempts_exhausted", attempts=2, requests=2, asked={"max_attempts": 2},
+        reasons={}),
     # 10: errors inside a 200
     silent("an error object", Script(error_event())),
     silent("event: error", Script(error_event(named=True))),
@@ -170,7 +173,7 @@ ROWS: Final = [
     Row("endless", [answer(Text(None, 0.002, seed=1))], "failed", None, "total_timeout", requests=1,
         asked={"timeout": 1.0}, reasons={}),
     Row("endless comments", [Script(Text(3, seed=1), *[Comment("x" * 1000)] * 3000, Stall(comment_every=0.05))],
-        "failed", expected_text(3, 1), "total_timeout", requests=1, asked={"timeout": 0.5}, reasons={}),
+        "failed", expected_text(3, 1), "total_timeout", requests=1, asked={"timeout": 0.9}, reasons={}),
     # 14, 15: parts and ends
     *(whole(reason, answer(Text(N, seed=1), finish=reason), status="incomplete", reasons={0: reason})
       for reason in ("length", "content_filter")),
@@ -187,9 +190,10 @@ def run(world: World, row: Row) -> tuple[list[AnyEvent], str]:
     prompt = f"row: {row.name}"
     world.upstream.on(*row.scripts, prompt=prompt)
     job_id = world.submit(prompt, **row.asked)
-    if any(isinstance(step, WaitFor) for step in row.scripts[0].steps):
-        world.wait_for_seq(job_id, 2)
-        world.upstream.open_gate("seen 1")
+    for attempt, script in enumerate(row.scripts, 1):
+        for gate in (step.gate for step in script.steps if isinstance(step, WaitFor)):
+            world.wait_until_shown(job_id, attempt)
+            world.upstream.open_gate(gate)
     result = world.outcome(job_id)
     log = world.check(job_id)
     code = result.error["code"] if result.error else None

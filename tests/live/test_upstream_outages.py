@@ -93,7 +93,7 @@ def test_another_upstream_takes_over(named: Callable[..., World]) -> None:
 
 
 def test_upstreams_that_cannot_be_reached_say_so(named: Callable[..., World], say: Callable[[str], None]) -> None:
-    """Refused, swallowed and unencrypted connections fail as unreachable, each try within its connect timeout."""
+    """Refused, swallowed and unencrypted connections fail as unreachable; the kernel alone would try for minutes."""
     with refused() as nobody, black_hole() as silent, ScriptedUpstream() as plain:
         places = {"refused": nobody, "black-hole": silent, "no-tls": plain.base_url.replace("http:", "https:")}
         world = named(
@@ -101,34 +101,36 @@ def test_upstreams_that_cannot_be_reached_say_so(named: Callable[..., World], sa
             MILLSTREAM_CONNECT_TIMEOUT="0.4", MILLSTREAM_RETRIES="1",
         )  # fmt: skip
         jobs = {name: world.submit(f"reach {name}", model=name) for name in places}
-        began = time.monotonic()
         for name, job_id in jobs.items():
             result = world.outcome(job_id)
             assert result.error is not None
             assert (name, result.error["code"]) == (name, "upstream_unreachable")
             world.check(job_id)
-        assert time.monotonic() - began < 5
     say(f"{len(places)} ways not to be reached")
 
 
 def test_a_worker_that_stood_still_blames_nobody(named: Callable[..., World]) -> None:
     """Stopped for twice its idle time it finds the bytes that waited, and goes on in the same attempt."""
     with ScriptedUpstream() as upstream:
-        world = named(table("steady", upstream.base_url), MILLSTREAM_IDLE_TIMEOUT="0.6", MILLSTREAM_LEASE="4")
+        world = named(table("steady", upstream.base_url), MILLSTREAM_IDLE_TIMEOUT="1", MILLSTREAM_LEASE="4")
         [worker] = world.workers
-        upstream.on(answer(Text(200, 0.02, seed=1)))
+        upstream.on(answer(Text(None, 0.02, seed=1, until="stood still")))
         jobs = [world.submit(f"steady {number}") for number in range(10)]
         for job_id in jobs:
             world.wait_for_seq(job_id, 5)
         for _ in range(2):
             worker.freeze()
-            time.sleep(1.2)  # twice what the upstream is allowed
+            time.sleep(2)  # twice what the upstream is allowed
             worker.thaw()
             seq = world.seq(jobs[0])
             world.wait_for_seq(jobs[0], seq + 5)
-        for job_id in jobs:
+        upstream.open_gate("stood still")
+        for number, job_id in enumerate(jobs):
             result = world.outcome(job_id)
-            assert (result.status, result.text, result.attempts) == ("completed", expected_text(200, 1), 1)
+            [exchange] = upstream.requests_for(f"steady {number}")
+            wait_until(lambda: exchange.outcome == "finished", "all is counted")  # noqa: B023 - asked before it changes
+            whole = expected_text(exchange.chunks_sent - 2, 1)  # beside the role and the finish reason
+            assert (result.status, result.text, result.attempts) == ("completed", whole, 1)
             world.check(job_id)
 
 
@@ -163,7 +165,7 @@ def test_a_flood_takes_little_memory(named: Callable[..., World], say: Callable[
         before = peak(worker)
         for name, (script, code) in floods.items():
             upstream.on(script, prompt=name)
-            result = world.outcome(world.submit(name, timeout=4))
+            result = world.outcome(world.submit(name, timeout=2 if code == "total_timeout" else 60))
             assert result.error is not None
             assert (name, result.error["code"]) == (name, code)
             grown = (peak(worker) - before) / MEGABYTE
@@ -193,7 +195,7 @@ def test_a_model_killed_in_mid_answer_costs_no_job(
             world.submit(LIST, model="smollm2-135m", on_break=kind, temperature=0, max_tokens=1200) for kind in kinds
         ]
         for job_id in jobs:
-            world.wait_for_seq(job_id, 10)
+            world.wait_until_shown(job_id)
         assert model._child is not None
         model._child.kill()
         model._child.wait()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import pytest
 
+from millstream import Result
 from millstream.events import Chunk, Resumed
 from tests.upstream import (
     Chunk as Part,
@@ -33,6 +33,7 @@ from tests.upstream import (
     html,
     redirect,
 )
+from tests.worker_process import wait_until
 from tests.world import World, starts, table
 
 N: Final = 12
@@ -42,8 +43,9 @@ OPEN: Final = 15.0
 MEGABYTE: Final = 1024 * 1024
 
 
-def cut(*fault: Any) -> Script:
-    return Script(Part("", role="assistant"), Text(7, 0.01, seed=1), *fault)
+def cut(gate: str, *fault: Any) -> Script:
+    """Seven chunks, and the fault once the gate is open."""
+    return Script(Part("", role="assistant"), Text(7, seed=1), WaitFor(gate), *fault)
 
 
 REST: Final = WHOLE.removeprefix(expected_text(7, 1))
@@ -60,9 +62,18 @@ def continuing(named: Callable[..., World]) -> Iterator[tuple[World, ScriptedUps
             for each in dialects
         ]
         yield (
-            named(*tables, MILLSTREAM_RETRIES="2", MILLSTREAM_IDLE_TIMEOUT="0.6", MILLSTREAM_FIRST_TOKEN_TIMEOUT="1.5"),
+            named(*tables, MILLSTREAM_RETRIES="2", MILLSTREAM_IDLE_TIMEOUT="1", MILLSTREAM_FIRST_TOKEN_TIMEOUT="1.5"),
             upstream,
         )
+
+
+def broken_off(world: World, upstream: ScriptedUpstream, prompt: str, gates: int = 1, **how: Any) -> Result:
+    """What comes of the job whose nth attempt is cut at the gate `PROMPT, n`, each once some of it is shown."""
+    job_id = world.submit(prompt, **{"on_break": "continue", **how})
+    for attempt in range(1, gates + 1):
+        world.wait_until_shown(job_id, attempt)
+        upstream.open_gate(f"{prompt}, {attempt}")
+    return world.outcome(job_id)
 
 
 def asked(upstream: ScriptedUpstream, prompt: str) -> list[Request]:
@@ -77,11 +88,10 @@ def test_a_broken_answer_goes_on_from_its_text(continuing: tuple[World, Scripted
         for name, fault in faults.items():
             prompt = f"{dialect} {name}"
             repeated = answer(Part(WHOLE[:9]), Part(WHOLE[9:])) if dialect == "mistral" else ON
-            upstream.on(cut(fault), repeated, prompt=prompt)
-            job_id = world.submit(prompt, model=dialect, on_break="continue", max_tokens=100)
-            result = world.outcome(job_id)
+            upstream.on(cut(f"{prompt}, 1", fault), repeated, prompt=prompt)
+            result = broken_off(world, upstream, prompt, model=dialect, max_tokens=100)
             assert (result.status, result.text, result.attempts) == ("completed", WHOLE, 1), prompt
-            log = world.check(job_id)
+            log = world.check(result.id)
             assert [each.type for each in log if not isinstance(each, Chunk)] == ["started", "resumed", "completed"]
             first, second = asked(upstream, prompt)
             *prompts, last = second.json["messages"]
@@ -91,29 +101,28 @@ def test_a_broken_answer_goes_on_from_its_text(continuing: tuple[World, Scripted
             assert result.usage is not None
             assert result.usage["estimated"] is True
             assert result.usage["completion_tokens"] >= 7 + (5 if repeated is ON else 1)
-            assert world.client.status(job_id).broken == 0
+            assert world.client.status(result.id).broken == 0
 
 
 def test_an_answer_may_break_again_and_wait_in_between(continuing: tuple[World, ScriptedUpstream]) -> None:
     """The continuation is retried like any request, and goes on from all of the text when it breaks, too."""
     world, upstream = continuing
     four, rest = expected_text(9, 1).removeprefix(expected_text(7, 1)), WHOLE.removeprefix(expected_text(9, 1))
-    upstream.on(cut(Reset()), error(503), Script(Part(four), Reset()), error(502), answer(Part(rest)), prompt="twice")
-    job_id = world.submit("twice", model="vllm", on_break="continue")
-    result = world.outcome(job_id)
+    cut_again = Script(Part(four), Reset())
+    upstream.on(cut("twice, 1", Reset()), error(503), cut_again, error(502), answer(Part(rest)), prompt="twice")
+    result = broken_off(world, upstream, "twice", model="vllm")
     assert (result.status, result.text, result.attempts) == ("completed", WHOLE, 1)
-    assert sum(isinstance(each, Resumed) for each in world.check(job_id)) == 2
+    assert sum(isinstance(each, Resumed) for each in world.check(result.id)) == 2
     requests = asked(upstream, "twice")
     texts = [each.json["messages"][-1]["content"] for each in requests]
     assert texts == ["twice", *[expected_text(7, 1)] * 2, *[expected_text(9, 1)] * 2]
 
 
 def test_a_text_is_whole_wherever_it_is_cut(
-    continuing: tuple[World, ScriptedUpstream], say: Callable[[str], None]
+    continuing: tuple[World, ScriptedUpstream], say: Callable[[str], None], seed: int
 ) -> None:
     """Reset at once after random pieces, shown or not yet: never a piece twice, never one missing."""
     world, upstream = continuing
-    seed = random.randrange(2**32)
     draw = random.Random(seed)
     trials = 30
 
@@ -145,23 +154,23 @@ def test_what_cannot_go_on_begins_anew(continuing: tuple[World, ScriptedUpstream
     """A refusal, an upstream that cannot, a job that does not ask for it, several choices, tools, reasoning."""
     world, upstream = continuing
     tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
-    thought = Script(Part(reasoning="Hm."), Text(7, 0.01, seed=1), Reset())
+    thought = Script(Part(reasoning="Hm."), Text(7, seed=1), WaitFor("thought, 1"), Reset())
     good_two = answer(Text(N, seed=1), Text(N, seed=2, index=1), choices=2)
     cases: list[tuple[str, str, list[Script], dict[str, Any], int]] = [
-        ("refused", "vllm", [cut(Reset()), error(400, "No prefill."), GOOD], {}, 3),
-        ("refused twice", "vllm", [cut(Reset()), error(400, "No."), cut(Reset()), GOOD], {}, 4),
-        ("other", "other", [cut(Reset()), GOOD], {}, 2),
-        ("restart", "vllm", [cut(Reset()), GOOD], {"on_break": "restart"}, 2),
-        ("two", "vllm", [cut(Reset()), good_two], {"n": 2}, 2),
-        ("tools", "vllm", [cut(Reset()), GOOD], {"tools": tools}, 2),
+        ("refused", "vllm", [cut("refused, 1", Reset()), error(400, "No prefill."), GOOD], {}, 3),
+        ("refused twice", "vllm", [cut("refused twice, 1", Reset()), error(400, "No."),
+                                   cut("refused twice, 2", Reset()), GOOD], {}, 4),
+        ("other", "other", [cut("other, 1", Reset()), GOOD], {}, 2),
+        ("restart", "vllm", [cut("restart, 1", Reset()), GOOD], {"on_break": "restart"}, 2),
+        ("two", "vllm", [cut("two, 1", Reset()), good_two], {"n": 2}, 2),
+        ("tools", "vllm", [cut("tools, 1", Reset()), GOOD], {"tools": tools}, 2),
         ("thought", "vllm", [thought, GOOD], {}, 2),
-    ]
+    ]  # fmt: skip
     for prompt, model, scripts, more, count in cases:
         upstream.on(*scripts, prompt=prompt)
-        job_id = world.submit(prompt, model=model, **{"on_break": "continue", **more})
-        result = world.outcome(job_id)
+        result = broken_off(world, upstream, prompt, 2 if prompt == "refused twice" else 1, model=model, **more)
         assert (result.status, result.text) == ("completed", WHOLE), prompt
-        log = world.check(job_id)
+        log = world.check(result.id)
         assert not any(isinstance(each, Resumed) for each in log)
         assert [reason for _, _, reason in starts(log)] == [None] + ["stream_broken"] * (result.attempts - 1)
         assert len(asked(upstream, prompt)) == count, prompt
@@ -170,13 +179,13 @@ def test_what_cannot_go_on_begins_anew(continuing: tuple[World, ScriptedUpstream
 def test_a_finish_reason_in_the_continuation_is_the_answers(continuing: tuple[World, ScriptedUpstream]) -> None:
     """An answer that was whole but for its end, and one that reaches its length."""
     world, upstream = continuing
-    upstream.on(Script(Text(N, 0.01, seed=1), Reset()), Script(Finish()), prompt="only the end")
-    upstream.on(cut(Reset()), answer(Part(REST), finish="length"), prompt="too long")
+    all_of_it = Script(Text(N, seed=1), WaitFor("only the end, 1"), Reset())
+    upstream.on(all_of_it, Script(Finish()), prompt="only the end")
+    upstream.on(cut("too long, 1", Reset()), answer(Part(REST), finish="length"), prompt="too long")
     for prompt, status in (("only the end", "completed"), ("too long", "incomplete")):
-        job_id = world.submit(prompt, model="vllm", on_break="continue")
-        result = world.outcome(job_id)
+        result = broken_off(world, upstream, prompt, model="vllm")
         assert (result.status, result.text, result.attempts) == (status, WHOLE, 1)
-        world.check(job_id)
+        world.check(result.id)
 
 
 def test_a_seam_is_where_the_text_ends(continuing: tuple[World, ScriptedUpstream]) -> None:
@@ -211,11 +220,10 @@ def test_an_upstream_that_repeats_a_part_only_is_believed(continuing: tuple[Worl
         ([shown[:5], "!"], f"{shown}{shown[:5]}!"), ([shown[:5]], shown + shown[:5]), (["", "!"], shown + "!"),
     ]):  # fmt: skip
         prompt = f"repeats {number}"
-        upstream.on(cut(Reset()), answer(*map(Part, pieces)), prompt=prompt)
-        job_id = world.submit(prompt, model="mistral", on_break="continue")
-        result = world.outcome(job_id)
+        upstream.on(cut(f"{prompt}, 1", Reset()), answer(*map(Part, pieces)), prompt=prompt)
+        result = broken_off(world, upstream, prompt, model="mistral")
         assert (result.status, result.text, result.attempts) == ("completed", text, 1), prompt
-        world.check(job_id)
+        world.check(result.id)
 
 
 def test_an_upstream_that_will_not_go_on_begins_anew(continuing: tuple[World, ScriptedUpstream]) -> None:
@@ -229,25 +237,25 @@ def test_an_upstream_that_will_not_go_on_begins_anew(continuing: tuple[World, Sc
     }  # fmt: skip
     for name, scripts in refusals.items():
         again = scripts * 3 if name in ("status 501", "a page", "silence", "nothing") else scripts
-        upstream.on(cut(Reset()), *again, GOOD, prompt=name)
-        job_id = world.submit(name, model="vllm", on_break="continue")
-        result = world.outcome(job_id)
+        upstream.on(cut(f"{name}, 1", Reset()), *again, GOOD, prompt=name)
+        result = broken_off(world, upstream, name, model="vllm")
         assert (result.status, result.text, result.attempts) == ("completed", WHOLE, 2), name
         assert len(asked(upstream, name)) == 2 + len(again), name
-        world.check(job_id)
+        world.check(result.id)
 
 
 def test_a_seam_wins_no_time(continuing: tuple[World, ScriptedUpstream]) -> None:
     """A job's timeout is for the answer, however many requests it takes."""
     world, upstream = continuing
-    slow = Script(*[step for _ in range(8) for step in (Part("a"), Pause(0.1))], Reset())
-    upstream.on(slow, prompt="slow and broken")
-    began = time.monotonic()
-    result = world.outcome(world.submit("slow and broken", model="vllm", on_break="continue", timeout=1.5))
-    assert time.monotonic() - began < 3.5  # two waits of up to 0.5 s may be in it
+    slow = Script(*[step for _ in range(20) for step in (Part("a"), Pause(0.1))], Reset())
+    upstream.on(slow, answer(Text(None, 0.1)), prompt="slow and broken")
+    result = world.outcome(world.submit("slow and broken", model="vllm", on_break="continue", timeout=4))
     assert result.error is not None
     assert (result.status, result.error["code"], result.attempts) == ("failed", "total_timeout", 1)
-    assert len(asked(upstream, "slow and broken")) == 2
+    _, second = upstream.requests_for("slow and broken")
+    wait_until(lambda: second.ended_at, "it is let go")
+    assert second.ended_at is not None
+    assert second.ended_at - second.request.arrived_at < 4, "it had what the first one, of two seconds, had left"
 
 
 def test_a_hundred_answers_go_on_at_once(continuing: tuple[World, ScriptedUpstream]) -> None:

@@ -47,7 +47,7 @@ FORMS: Final[list[tuple[Any, float, float]]] = [
 
 
 def test_every_form_of_a_wait_is_kept(shared: World, say: Callable[[str], None]) -> None:
-    """No request comes sooner than the upstream asked for; exactly one comes then, soon. Without a word: a backoff."""
+    """No request comes sooner than the upstream asked for; exactly one comes then. Without a word: a backoff."""
     jobs = []
     for number, (script, _, _) in enumerate(FORMS):
         shared.upstream.on(script, GOOD, prompt=f"form {number}")
@@ -55,8 +55,9 @@ def test_every_form_of_a_wait_is_kept(shared: World, say: Callable[[str], None])
     for number, (job_id, (_, least, most)) in enumerate(zip(jobs, FORMS, strict=True)):
         assert shared.outcome(job_id).text == WHOLE
         first, second = shared.upstream.requests_for(f"form {number}")
-        assert first.ended_at is not None
-        assert least - 0.001 <= second.request.arrived_at - first.ended_at < most + 1.5, number
+        assert least <= second.request.arrived_at - first.request.arrived_at, number
+        [waited] = shared.workers[0].said("upstream.retry", job=job_id)
+        assert least - 0.001 <= waited["delay"] <= most + 0.001, number  # as the log rounds it
         told = [each.delay for each in shared.check(job_id) if isinstance(each, Retrying)]
         assert len(told) == (least > 1)
         assert all(least <= delay <= most for delay in told)
@@ -88,7 +89,7 @@ def test_a_wait_holds_all_jobs_of_the_worker_for_that_model(shared: World) -> No
     asked = {each.request.prompt: each.request.arrived_at for each in shared.upstream.journal}
     began = shared.upstream.requests_for("told to wait")[0].request.arrived_at
     assert asked["the same model"] - began >= 2
-    assert asked["another model"] - began < 1.5
+    assert asked["another model"] < asked["the same model"]
 
 
 def test_a_long_wait_is_spent_in_the_queue(shared: World) -> None:
@@ -97,17 +98,13 @@ def test_a_long_wait_is_spent_in_the_queue(shared: World) -> None:
     for prompt in ("back later", "cancelled meanwhile"):
         shared.upstream.on(*scripts, prompt=prompt)
     job_id = shared.submit("back later", model="slow")
-    shared.wait_for_status(job_id, "in_progress")
-    shared.wait_for_status(job_id, "queued")
-    wait = shared.client.status(job_id).wait
-    assert wait is not None
+    wait = wait_until(lambda: shared.client.status(job_id).wait, "it waits in the queue")
     assert (wait["what"], wait["upstream"]) == ("upstream", "127.0.0.1")
     assert wait["until"] - time.time() < 6.5
     other = shared.submit("cancelled meanwhile", model="slow")
-    shared.wait_for_status(other, "queued")
-    began = time.monotonic()
+    wait_until(lambda: shared.client.status(other).wait, "the other waits, too")
     assert shared.client.cancel(other) == "cancelled"
-    assert time.monotonic() - began < 1
+    assert shared.status(job_id) == "queued"
     assert shared.outcome(job_id).text == WHOLE
     first, second = shared.upstream.requests_for("back later")
     assert 6 <= second.request.arrived_at - first.request.arrived_at < 12

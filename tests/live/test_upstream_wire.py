@@ -1,7 +1,7 @@
 """What hostile and sloppy upstreams put on the wire: HTTP that lies, chunks that contradict themselves, odd errors.
 
 The bytes are the test's own, head and framing too, and nothing here knows how the worker reads them. All rows are
-asked of one worker at the same time, each under a model of its own.
+asked of one worker, sixteen at a time, each under a model of its own.
 """
 
 from __future__ import annotations
@@ -151,8 +151,8 @@ FRAMING: Final = [
     # What is no event stream, or says that it is none
     *(good(f"content type {kind!r}", Script(Headers({"content-type": kind}), *answer(Part(TEXT)).steps))
       for kind in ("", "text/plain", "application/json", "application/octet-stream", "TEXT/EVENT-STREAM;x=y")),
-    *(good(f"no content type and {start!r} first", Script(Headers({"content-type": ""}), Raw(start),
-                                                          Split(1, 0.001), *answer(Part(TEXT)).steps))
+    *(good(f"no content type and {start!r} first", Script(Headers({"content-type": ""}), Split(1, 0.001), Raw(start),
+                                                          Split(16, 0.001), *answer(Part(TEXT)).steps))
       for start in (b"\xef\xbb\xbf", b": hello\n\n", b"\n\n", b"retry: 3000\n")),
     *(bad(f"an error as {kind!r}", Script(Headers({"content-type": kind}), Raw(b'{"error":{"code":"busy"}}')), "busy")
       for kind in ("", "text/plain", "application/json", "text/html", "text/event-stream")),
@@ -253,14 +253,14 @@ ROWS: Final = [*FRAMING, *CHUNKS]
 
 @pytest.fixture(scope="module")
 def world(valkey: Valkey, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """One worker, no retry budget in its way."""
+    """One worker, no retry budget in its way, and so few rows at once that the clocks time them and not the crowd."""
     environ = {
         "MILLSTREAM_IDLE_TIMEOUT": "2",
         "MILLSTREAM_FIRST_TOKEN_TIMEOUT": "2",
         "MILLSTREAM_RETRIES": str(RETRIES),
     }
     with a_world(valkey.url, tmp_path_factory.mktemp("wire"), **environ) as made:
-        made.worker()
+        made.worker("--streams", "16")
         yield made
         made.check_left()
 

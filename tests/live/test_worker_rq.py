@@ -211,10 +211,8 @@ def test_a_stock_worker_that_takes_ours_says_what_it_needs(make_world: Callable[
     assert result is not None
     assert "needs a Millstream worker" in str(result.exc_string)
     assert world.status(job_id) == "queued"
-    began = time.monotonic()
     worker = world.worker()
     world.check_text(job_id, "taken by another")
-    assert time.monotonic() - began < 4 * SHORTEST + 4
     assert worker.said("sweep.delivered_again", because="vanished")
     world.check_left()
 
@@ -257,9 +255,11 @@ def test_what_depends_on_our_job_runs_after_it(world: World) -> None:
 def test_attempts_are_told_in_the_log_not_in_rq(world: World) -> None:
     """RQ's hash says finished or failed for people; how often a job was tried is the log's to say."""
     prompt = "tried twice"
-    world.upstream.on(Script(Text(5, 0.01, seed=1), Reset()), answer(Text(5, seed=2)), prompt=prompt)
+    world.upstream.on(Script(Text(5, seed=1), WaitFor("shown"), Reset()), answer(Text(5, seed=2)), prompt=prompt)
     world.worker()
     job_id = world.submit(prompt)
+    world.wait_until_shown(job_id)
+    world.upstream.open_gate("shown")
     world.outcome(job_id)
     assert [event.attempt for event in world.client.follow(job_id) if isinstance(event, Started)] == [1, 2]
     world.check(job_id)

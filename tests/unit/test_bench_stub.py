@@ -1,11 +1,9 @@
 """The upstream stub, over real sockets, read with the standard library alone."""
 
 import http.client
-import itertools
 import json
 import shutil
 import socket
-import statistics
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -101,14 +99,14 @@ def test_content_tells_its_age_on_pythons_clock(stub: Stub) -> None:
 
 
 def test_a_paced_stream_keeps_its_rate(stub: Stub) -> None:
-    """By the stamps themselves: neither early nor bunched."""
+    """By the stamps themselves: a period of 10 ms, nothing early, nothing in bunches. What is late, the machine was."""
     chunks = events(ask(stub, "stub:rate=100,chunks=60"))[1:-3]
-    [*times] = stamps.ages("".join(chunk["choices"][0]["delta"]["content"] for chunk in chunks), stamps.now())
-    gaps = [(a - b) * stamps.UNIT_US for a, b in itertools.pairwise(times)]
+    [*ages] = stamps.ages("".join(chunk["choices"][0]["delta"]["content"] for chunk in chunks), stamps.now())
+    behind = [(ages[0] - age) * stamps.UNIT_US - 10_000 * number for number, age in enumerate(ages)]
 
     assert len(chunks) == 60
-    assert statistics.median(gaps) == pytest.approx(10_000, rel=0.1)
-    assert (times[0] - times[-1]) * stamps.UNIT_US >= 59 * 10_000 - 1000
+    # The schedule is that of the chunk that was the least late. Of another period, or of a bunch, one or two are on it.
+    assert sum(late - min(behind) < 1000 for late in behind) > len(chunks) / 4
 
 
 def test_held_streams_begin_together_at_the_word(stub: Stub) -> None:

@@ -39,6 +39,9 @@ async def test_a_model_name_says_what_to_stream(upstream: ScriptedUpstream) -> N
     bare = await asked(upstream.port, "scripted:chunks=3,finish=none,done=0,framing=close", "p")
     assert bare.text() == expected_text(3, seed_of("p"))
     assert (bare.ending, len(bare.data)) == ("eof", 4)
+    upstream.open_gate("enough")
+    cut_short = await asked(upstream.port, "scripted:chunks=9,pace=0.001,seed=7,until=enough")
+    assert (cut_short.text(), cut_short.chunks[-1]["choices"][0]["finish_reason"]) == ("", "stop")
     whole = await asked(upstream.port, "scripted:chunks=3", "p", stream=False)
     assert json.loads(whole.body)["choices"][0]["message"]["content"] == expected_text(3, seed_of("p"))
 

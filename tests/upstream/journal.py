@@ -18,6 +18,8 @@ Outcome = Literal[
     "open", "finished", "client_closed", "reset_by_script", "closed_by_script", "server_stopped", "failed"
 ]
 T = TypeVar("T")
+PATIENCE = 30.0
+"""Seconds a test waits for what must happen soon; only a failing test waits this long."""
 Predicate = Callable[["Journal"], T | Literal[False] | None]
 
 
@@ -86,7 +88,7 @@ class Journal:
         """The exchanges whose script is held at this gate now."""
         return [exchange for exchange in self if exchange.waiting_for == gate]
 
-    def wait_for(self, predicate: Predicate[T], timeout: float = 5.0) -> T:
+    def wait_for(self, predicate: Predicate[T], timeout: float = PATIENCE) -> T:
         """The predicate's first truthy answer; it is asked at once, then on the server's thread at every change.
 
         An IndexError of the predicate means not yet, so that it may say `journal[0]` before anyone has asked. For
@@ -100,7 +102,7 @@ class Journal:
             except TimeoutError:
                 raise TimeoutError(self._told(timeout)) from None
 
-    async def wait_for_async(self, predicate: Predicate[T], timeout: float = 5.0) -> T:
+    async def wait_for_async(self, predicate: Predicate[T], timeout: float = PATIENCE) -> T:
         """`wait_for` for a test with a loop, whether the server runs on the same one or in a thread."""
         with self._watching(predicate) as answer:
             try:

@@ -3,6 +3,7 @@
 | field | means | default |
 |---|---|---|
 | `chunks`, `pace`, `seed` | the text: chunks per choice, seconds between them, `Text`'s seed | 20, 0, of the prompt |
+| `until` | the text ends when this gate is opened, after `chunks` at the latest | |
 | `first` | seconds before the response head | 0 |
 | `finish` | the finish reason; `none` leaves the chunk out | stop |
 | `done` | 0 leaves `[DONE]` out | 1 |
@@ -61,6 +62,7 @@ class Wish:
         """Reads what follows `scripted:`."""
         self._numbers: dict[str, float] = {}
         self.finish = "stop"
+        self.until: str | None = None
         self.framing: Framing = "chunked"
         for part in filter(None, model.removeprefix(PREFIX).split(",")):
             name, _, value = part.partition("=")
@@ -77,6 +79,8 @@ class Wish:
                 self._numbers[name] = float(value)
             elif name == "finish":
                 self.finish = value
+            elif name == "until":
+                self.until = value
             elif name == "framing":
                 self.framing = _FRAMINGS[value]
             else:
@@ -123,7 +127,7 @@ def _stream(request: Request, wish: Wish, fault: str | None, n_chunks: int, seed
         # Nothing at all is sent before a fault after 0 chunks: not even the role, or a client might count it.
         steps = [*steps, Text(before, wish.seconds("pace"), seed, choices=request.choices)] if before else []
         return [*steps, _FAULT_STEPS[fault]()]
-    steps.append(Text(n_chunks, wish.seconds("pace"), seed, choices=request.choices))
+    steps.append(Text(n_chunks, wish.seconds("pace"), seed, choices=request.choices, until=wish.until))
     if wish.finish != "none":
         steps += [Finish(wish.finish, index=i) for i in choices]
     if request.include_usage:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Iterable, Mapping
 from typing import Protocol
@@ -73,6 +74,10 @@ class Gates:
     def _wake(self, gate: str) -> None:
         if gate in self._events:
             self._events[gate].set()
+
+    def is_open(self, gate: str | None) -> bool:
+        """Whether scripts go through; no gate is never open."""
+        return gate in self._opened
 
     async def wait(self, gate: str) -> None:
         """Returns when the gate is open. To be called on the server's loop."""
@@ -205,7 +210,10 @@ class Player:
         loop = asyncio.get_running_loop()
         start, pace = loop.time(), step.pace_seconds
         overdue: list[bytes] = []
-        for i, block in enumerate(self._renderer.blocks(step)):
+        blocks = self._renderer.blocks(step)
+        for i in itertools.count():
+            if self._gates.is_open(step.until) or (block := next(blocks, None)) is None:
+                break
             due = start + i * pace
             if due > loop.time() or len(overdue) >= _OVERDUE_PER_WRITE:
                 await self._send(overdue)

@@ -56,6 +56,8 @@ class Chunk:
 class Text:
     """`n_chunks` chunks (None: endless) of the text of `seed`, one every `pace_seconds`, the first at once.
 
+    A paced one ends sooner if the test opens the gate `until`: so that many can be seen at the same time, however long
+    that takes.
     With `choices` over 1, that many indices take turns, chunk by chunk; each gets `n_chunks`, and index i speaks with
     `seed + i`. The schedule is absolute: a server that was late catches up, sending what is overdue in one write.
     """
@@ -65,6 +67,7 @@ class Text:
     seed: int = 0
     index: int = 0
     choices: int = 1
+    until: str | None = None
 
 
 @dataclass(frozen=True)
