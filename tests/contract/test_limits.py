@@ -26,6 +26,7 @@ from millstream.meters import (
     learn,
     look,
     renew,
+    rested,
     settle,
 )
 from tests.contract.conftest import Hands
@@ -359,10 +360,10 @@ def test_a_cool_down_holds_for_everybody(sent: Hands) -> None:
         sent.client.redis.flushall()
         desk = Desk(sent, limits)
         with sent.from_now() as after:
-            assert 0 < desk.learn(cool=60) <= 60
+            assert 60 < desk.learn(cool=60) <= rested(60)
         until = desk.look().cooling_until
         assert until is not None
-        assert round(until * 1000) in after(60_000)
+        assert round(until * 1000) in after(round(1000 * rested(60)))
         with sent.from_now() as after:
             found = desk.acquire(desk.places(1))
         assert (found.granted, found.because) == ({}, "cooling")
@@ -416,7 +417,7 @@ def test_what_was_learned_is_announced_for_as_long_as_it_holds(sent: Hands) -> N
     desk = Desk(sent, Limits())
     with sent.from_now() as after:
         desk.learn(cool=60)
-    assert int(desk.client.redis.zscore(desk.client.keys.learned, "up/m/1")) in after(60_000)
+    assert int(desk.client.redis.zscore(desk.client.keys.learned, "up/m/1")) in after(round(1000 * rested(60)))
 
 
 # The line and the sweep ----------------------------------------------------------------------------------------------
