@@ -8,8 +8,8 @@
 --       has come, or there is none)  14 number of jobs, then per job:
 --       delivery, lane, place (when it was submitted, ms), tokens of the prompt, most tokens of the answer ('': unknown)
 -- Returns {waiting, ms until the next may get a ticket (-1: nobody waits), ms until the asker's turn to ask, why, granted
--- 'DELIVERY:TOKENS ...', too large 'DELIVERY:TOKENS ...'}. Granted deliveries may be others than those that joined: who comes first goes first. A
--- delivery is its own ticket. All of a request is granted, or nothing; who waits has used nothing.
+-- 'DELIVERY:TOKENS ...', too large 'DELIVERY:TOKENS ...'}. Granted deliveries may be others than those that joined: who
+-- comes first goes first. A delivery is its own ticket. All of a request is granted, or nothing; who waits has used nothing.
 -- Too large may be some of the line, too, after a limit was lowered: they have left it, to be counted anew.
 -- A job that stays in line says so in its state, and its delivery leaves the intermediate list for the line.
 -- Interactive goes first, but of twenty tickets one is batch's when both wait.
