@@ -168,7 +168,7 @@ def test_interactive_jobs_do_not_wait_behind_a_batch(
     Alone: before the batch, or in the same moment at a model of which nobody waits, whichever took longer; so what else
     the machine does counts on both sides.
     """
-    world = limited("rpm = 1200")
+    world = limited("rpm = 2400")  # of whose quarters a tenth, 60, is left to them
     world.worker()
     rows = 10_000 if soak else 2000
 
@@ -184,7 +184,7 @@ def test_interactive_jobs_do_not_wait_behind_a_batch(
     alone = [start(f"alone {number}") for number in range(20)]
     submit_many(world, [f"row {number}" for number in range(rows)], lane="batch")
     wait_until(lambda: world.redis.llen("rq:queue:millstream-batch") == 0, "all rows are running or in line", 60)
-    wait_until(lambda: world.client.limits()[0].waiting["batch"] > rows - 300, "the batch has used up its part")
+    wait_until(lambda: world.client.limits()[0].waiting["batch"] > rows - 600, "the batch has used up its part")
     beside, elsewhere = [], []
     for number in range(20):
         beside.append(start(f"beside {number}"))
@@ -200,6 +200,7 @@ def test_interactive_jobs_do_not_wait_behind_a_batch(
     cancel_all(world)
     assert waiting > rows / 2
     assert statistics.median(beside) <= 2 * max(statistics.median(alone), statistics.median(elsewhere))
+    assert max(beside) <= 2 * max(*alone, *elsewhere, 0.25)  # behind the batch it is seconds
 
 
 def test_a_429_seen_by_one_worker_keeps_all_others_away(world: World, say: Callable[[str], None]) -> None:
