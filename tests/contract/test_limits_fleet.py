@@ -1,4 +1,4 @@
-"""A fleet on one meter, by chance and on a clock of its own: nothing beyond the limit, nobody forgotten, no idle time."""
+"""A fleet on one meter, by chance, on a clock of its own: nothing beyond the limit, nobody forgotten, no idle time."""
 
 from __future__ import annotations
 
@@ -184,7 +184,9 @@ class Fleet:
         found = self.client.run(call)
         self.calls += 1
         self.note(found)
-        tickets = [Ticket(name, self.jobs[name].lane, tokens, self.clock.now, worker) for name, tokens in found.granted.items()]
+        tickets = [
+            Ticket(name, self.jobs[name].lane, tokens, self.clock.now, worker) for name, tokens in found.granted.items()
+        ]
         self.tickets += tickets
         worker.asking = True
 
@@ -260,7 +262,9 @@ class Fleet:
         if self.chance.random() < self.plan.unused:
             self.after(0.01, lambda: self.end(ticket, UNUSED))
         elif self.chance.random() < self.plan.late:
-            self.after(self.chance.uniform(0.75, 4.0), lambda: self.more(ticket, self.clock.now, instead_of=ticket.name))
+            self.after(
+                self.chance.uniform(0.75, 4.0), lambda: self.more(ticket, self.clock.now, instead_of=ticket.name)
+            )
         else:
             self.after(self.chance.uniform(0, 0.7), lambda: self.send(ticket))
 
@@ -338,7 +342,7 @@ class Fleet:
         """Whether nobody waits that may go, by a count of our own that is a little on the safe side."""
         able = {lane for each in self.workers if each.free > 0 and not each.asking for lane in each.lanes}
         lane = "interactive" if self.line["interactive"] else "batch"
-        before = {each for each in self.fronts.values() if lane == "batch" or each == lane}
+        before = {each for each in self.fronts.values() if lane in ("batch", each)}
         if before or lane not in able or not self.line[lane]:
             return True
         head = min(self.line[lane].values(), key=lambda each: each.since)
