@@ -136,7 +136,7 @@ def _members(text: bytes) -> dict[str, int]:
     if not text:
         return {}
     pairs = (member.rpartition(":") for member in text.decode().split())
-    return {delivery: int(tokens) for delivery, _, tokens in pairs}
+    return {delivery: int(tokens) for delivery, _, tokens in pairs if tokens.isdecimal()}  # anybody may write into a line
 
 
 @dataclass(frozen=True, slots=True)

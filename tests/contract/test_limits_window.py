@@ -247,7 +247,7 @@ def test_a_clock_that_went_back_gives_no_tokens_away(clock: Clock) -> None:
         fleet.join(1, "interactive", 900)
         fleet.ask_on(clock.now + 1, 1)
         clock.now -= 70
-        used = []
+        used: list[int] = []
         for _ in range(150):
             fleet.ask([], 0)
             if len(used) == 80:
