@@ -156,11 +156,9 @@ local function open_meter(window, look)
   end
   running = call('ZCARD', TICKETS)
   m.holding = min(m.holding, running) -- the tickets may have expired as a whole
-  -- Times to live are set where a key begins, and again six times a window.
+  -- Times to live are set where a key begins, and again six times a window: by whatever is called then, until an acquire,
+  -- which knows all of them, has done it.
   keep = now - m.kept >= m.window / 6
-  if keep then
-    m.kept = now
-  end
 end
 
 local function save_meter(lease)

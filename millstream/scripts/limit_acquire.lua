@@ -188,6 +188,9 @@ for _, job in ipairs(joined) do
   end
 end
 
+if keep then
+  m.kept = now
+end
 save_meter(lease)
 local reply = {waiting, wait, turn, why or '', table.concat(granted, ' '), table.concat(large, ' ')}
 call('HSET', REPLIES, asker, table.concat({number, waiting, wait, turn, reply[4], reply[5], reply[6]}, '|'))

@@ -18,12 +18,14 @@ from millstream.meters import (
     UNUSED,
     WINDOW,
     Acquired,
+    Count,
     Limits,
     Meter,
     Place,
     Settlement,
     acquire,
     again,
+    learn,
     look,
     renew,
     settle,
@@ -97,6 +99,8 @@ class Plan:
     lost: float = 0.1
     kills: int = 2
     lanes: tuple[tuple[str, ...], ...] = (LANES, LANES, LANES)
+    told: bool = False
+    """Whether the upstream says now and then that it wants to be left alone, or counts more than we do."""
 
 
 class Fleet:
@@ -330,6 +334,13 @@ class Fleet:
             wait = found.seconds * self.chance.uniform(1.0, 1.1)
             self.after(wait, lambda: self.more(ticket, began, name=name))
 
+    def tell(self) -> None:
+        """The upstream has its say."""
+        more = Count(self.chance.choice((100, 150)), self.chance.randint(0, 100), 5.0)
+        for said in self.chance.sample(({"cool": 3.0}, {"slow_down": True}, {"requests": more}), 1):
+            self.run(learn(self.client.keys, self.meter, **said))  # type: ignore[arg-type]
+        self.after(self.chance.uniform(5, 20), self.tell)
+
     # What must hold --------------------------------------------------------------------------------------------------
 
     def watch(self) -> None:
@@ -340,6 +351,8 @@ class Fleet:
 
     def blocked(self) -> bool:
         """Whether nobody waits that may go, by a count of our own that is a little on the safe side."""
+        if self.plan.told:
+            return True
         able = {lane for each in self.workers if each.free > 0 and not each.asking for lane in each.lanes}
         lane = "interactive" if self.line["interactive"] else "batch"
         before = {each for each in self.fronts.values() if lane in ("batch", each)}
@@ -409,6 +422,7 @@ PLANS: Final = {
     "streams": Plan(Limits(streams=6), jobs=150, seconds=60, streaming=2.0),
     "all": Plan(Limits(requests=200, tokens=9000, streams=12, share=0.5), jobs=250, seconds=90),
     "retries": Plan(Limits(requests=60, share=0.5), jobs=80, seconds=90, retried=0.4, streaming=1.0),
+    "told": Plan(Limits(requests=200), jobs=100, seconds=60, told=True),
     "lanes": Plan(Limits(requests=120), jobs=250, seconds=90, lanes=(("interactive",), ("batch",), ("batch",))),
 }
 
@@ -421,6 +435,8 @@ def test_a_fleet_keeps_the_limit_and_is_never_idle(clock: Clock, name: str) -> N
     with fake_client() as client:
         fleet = Fleet(client, clock, PLANS[name], seed=1)
         fleet.submit()
+        if fleet.plan.told:
+            fleet.after(3.0, fleet.tell)
         for _ in range(fleet.plan.kills):
             fleet.after(fleet.chance.uniform(0, fleet.plan.seconds), fleet.kill)
         end = clock.now + fleet.plan.seconds

@@ -275,6 +275,19 @@ def test_a_clock_that_went_back_a_little_keeps_the_quarter(clock: Clock) -> None
     assert granted == 9
 
 
+def test_the_answers_to_the_workers_are_kept_while_they_ask(clock: Clock) -> None:
+    """Whatever else is called first when times to live are due: a lost reply finds its answer."""
+    with fake_client() as client:
+        fleet = Fleet(client, clock, Limits(40))
+        replies = client.keys.meter("up/m")[7]
+        fleet.join(1, "interactive", 10)
+        for _ in range(12):
+            clock.now += WINDOW / 5
+            fleet.run(settle(client.keys, "up/m", [Settlement("none")]))
+            fleet.ask([], 0)
+            assert client.redis.pttl(replies) > WINDOW * 1000 / 2
+
+
 def test_rows_that_wait_before_the_line_hold_up_no_chat(clock: Clock) -> None:
     """Batch has used up its part, one of its running rows waits to ask again: what is kept free for chats is free."""
 
