@@ -158,7 +158,7 @@ class Client(Face):
     def limits(self) -> Sequence[Gauge]:
         """The meters of all upstreams and models that workers limit or were limited by, as they are now."""
         with translated(self._url):
-            names = [each.decode() for each in self.redis.zrange(self.keys.meters, 0, -1)]
+            names = [each.decode("utf-8", "replace") for each in self.redis.zrange(self.keys.meters, 0, -1)]
         found = self.run_many([meters.look(self.keys, name) for name in sorted(names)])
         return [each for each in found if each is not None]
 

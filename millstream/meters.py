@@ -136,7 +136,8 @@ def _members(text: bytes) -> dict[str, int]:
     if not text:
         return {}
     pairs = (member.rpartition(":") for member in text.decode().split())
-    return {delivery: int(tokens) for delivery, _, tokens in pairs}
+    # Anybody may write into a line.
+    return {delivery: int(tokens) for delivery, _, tokens in pairs if tokens.isdecimal()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,8 +84,8 @@ class Sweeper:
             pipe.hget(self._client.keys.state(job_id), "line")
         clock, waiting, *found = await pipe.execute(raise_on_error=False)
         served = self._served(clock, waiting)
-        named = zip(due, found, strict=True)
-        return {job_id: line.decode() for job_id, line in named if isinstance(line, bytes) and line.decode() in served}
+        named = [(job_id, _text(line)) for job_id, line in zip(due, found, strict=True) if isinstance(line, bytes)]
+        return {job_id: line for job_id, line in named if line in served}
 
     def _served(self, clock: Any, waiting: Any) -> set[str]:
         """The lines that somebody serves.
@@ -98,7 +98,7 @@ class Sweeper:
         settings, keys = self._client.settings, self._client.keys
         old = clock[0] * 1000 - patience_ms(settings.lease)
         names = [
-            name for name, at in ((name.decode(), at) for name, at in waiting)
+            name for name, at in ((_text(name), at) for name, at in waiting)
             if at > old or name.partition("/")[0] in self._upstreams
         ]  # fmt: skip
         return {keys.line(name, lane) for name in names for lane in LANES}
@@ -109,3 +109,8 @@ class Sweeper:
         job_id = job_of(head.decode("utf-8", "replace")) if head else None
         created = await self._client.redis.hget(self._client.keys.state(job_id), "created") if job_id else None
         return int(created) if created and created.isdigit() else None
+
+
+def _text(name: bytes) -> str:
+    """A name in Redis, which anybody may have written there."""
+    return name.decode("utf-8", "replace")

@@ -16,8 +16,8 @@
 -- How the order holds on the way: tickets of one moment go to several workers, and whoever is quicker arrives first. So
 -- while more wait than may be granted now, tickets are spaced, at the pace at which a sixth gets exactly its quarter: 1.5
 -- times what a window sustains, so that nothing of a limit is lost. Where that pace leaves less than 100 ms between two,
--- those of 100 ms may come together, lest each cost a call. When no more wait than may be granted, all are at once: a chat
--- beside a batch waits for nobody. Each worker that asks is told its own turn, one ticket after the other's, so that one
+-- those of 100 ms may come together, lest each cost a call; none is spaced by more than a sixtieth of a window, which is
+-- enough for the order. When no more wait than may be granted, all are at once: a chat beside a batch waits for nobody. Each worker that asks is told its own turn, one ticket after the other's, so that one
 -- call fetches one ticket and jobs spread over the workers; a turn is at most 1 s late, so that a dead one's is taken over.
 
 local call, KEYS, ARGV = redis.call, KEYS, ARGV
@@ -32,7 +32,7 @@ local TOGETHER, TURN, LATEST = 100, 50, 1000 -- ms: of pace in one call; between
 local COUNTS = {'window', 'from', 'near', 'r', 't', 'br', 'bt', 'rn', 'tn', 'brn', 'btn', 'behind', 'streak', 'holding',
   'kept', 'step', 'turn'}
 local PACKED, PACK, NONE = string.rep('(%S+) ', #COUNTS), string.rep('%.0f ', #COUNTS), string.rep('0 ', #COUNTS)
-local FIELDS = {'counts', 'rpm', 'tpm', 'streams', 'share', 'cooling', 'pace', 'seen'}
+local FIELDS = {'counts', 'rpm', 'tpm', 'streams', 'share', 'cooling', 'pace', 'seen', 'narrow'}
 local SELDOM = {'paced', 'base', 'rpm_seen', 'tpm_seen', 'mean', 'deviation', 'samples'} -- read where they are needed
 
 local PARTS = {r = {near = 'rn', batch = 'br', batch_near = 'brn'}, t = {near = 'tn', batch = 'bt', batch_near = 'btn'}}
@@ -86,6 +86,25 @@ local function slide(from, first, suffix, drop)
   return first
 end
 
+-- The window to count by when somebody asks by this one. Workers of two settings ask in turn for as long as a deploy takes,
+-- and each change counts all anew: so the longer one holds for both, until nobody asked by it for as long as it is.
+local function agreed(window)
+  local narrow = m.narrow
+  if window >= m.window then
+    narrow = 0
+  elseif narrow == 0 or narrow > now then
+    narrow, window = now, m.window
+  elseif now - narrow < m.window then
+    window = m.window
+  else
+    narrow = 0
+  end
+  if narrow ~= m.narrow then
+    call('HSET', METER, 'narrow', int(narrow))
+  end
+  return window
+end
+
 -- Read the meter and bring its counts up to now. `window` (ms) nil: as it was; `look`: and write nothing.
 local function open_meter(window, look)
   local found = call('HMGET', METER, unpack(FIELDS))
@@ -93,16 +112,22 @@ local function open_meter(window, look)
   take(COUNTS, {string.match(packed, PACKED)}, 1)
   take(FIELDS, found, 2)
   local function measure()
-    width = max(1, floor(m.window / SLOTS))
+    width = max(1, math.ceil(m.window / SLOTS)) -- rounded down, the slots of a window would be less than a window
     slot = floor(now / width)
   end
   measure()
+  window = window and agreed(window)
   local carried
-  if not look and (window and m.window ~= window or m.from > slot) then
-    -- Slots of another width, or of a server whose clock was ahead: what they hold counts as used now.
+  if not look and (window and m.window ~= window or m.near > slot) then
+    -- Slots of another width, or of a server whose clock was ahead: what they hold counts as used now, and what was
+    -- reserved there does not come back. Nor do places before the line last until a time that was.
     slide(m.from, slot - SLOTS - SLACK, '', false)
     carried = {[0] = {m.r - m.br, m.t - m.bt}, {m.br, m.bt}}
-    call('DEL', USED)
+    call('DEL', USED, FRONT)
+    local held = call('HGETALL', HELD)
+    for i = 2, #held, 2 do
+      call('HSET', HELD, held[i - 1], (string.gsub(held[i], ':[1-9]%d*:', ':1:')))
+    end
     for i = 2, 11 do
       m[COUNTS[i]] = 0
     end
@@ -131,11 +156,9 @@ local function open_meter(window, look)
   end
   running = call('ZCARD', TICKETS)
   m.holding = min(m.holding, running) -- the tickets may have expired as a whole
-  -- Times to live are set where a key begins, and again six times a window.
+  -- Times to live are set where a key begins, and again six times a window: by whatever is called then, until an acquire,
+  -- which knows all of them, has done it.
   keep = now - m.kept >= m.window / 6
-  if keep then
-    m.kept = now
-  end
 end
 
 local function save_meter(lease)
@@ -266,7 +289,7 @@ local function spacing(lane, tokens, rpm, tpm)
   if by_tokens > gap then
     gap, why = by_tokens, 'tokens'
   end
-  return gap * m.window / 6 / (lane == 1 and 1 - m.share or 1), why
+  return min(gap * m.window / 6 / (lane == 1 and 1 - m.share or 1), m.window / 60), why
 end
 
 -- Why a request may not be made now and when to ask again (ms, the earliest), nil when it may; and the room there is, of

@@ -81,11 +81,18 @@ local function head(lane)
   return heads[lane]
 end
 
+-- Requests again within an attempt go before the line, those of rows before rows; a place lapses with its score.
+local chats = call('ZCOUNT', FRONT, '(' .. int(now), '+inf') > 0
+local front = {[0] = chats, chats or call('ZCOUNT', FRONT, '-inf', '(' .. int(-now)) > 0}
+
 -- May the first of this lane have its ticket now: nil, or why not, and when to ask for it.
 local function refused(lane, tokens)
+  stepping, gap = false, 0
+  if front[lane] then
+    return 'requests', now + width
+  end
   local why, at, requests_left, tokens_left = blocked(lane, tokens, rpm, tpm)
   stepping = requests_left and (waits[lane] > requests_left or waits[lane] * tokens > tokens_left)
-  gap = 0
   if stepping then
     local measure
     gap, measure = spacing(lane, tokens, rpm, tpm)
@@ -97,9 +104,7 @@ local function refused(lane, tokens)
   return why, at
 end
 
--- Requests again within an attempt go before the line; a place there lapses with its score.
 local granted, why, at, foreign = {}, '', nil, false
-local front = call('ZCOUNT', FRONT, '(' .. int(now), '+inf') > 0
 while want > 0 do
   local chat, row = head(0), head(1)
   if want <= 0 then
@@ -109,10 +114,6 @@ while want > 0 do
   local member = head(lane)
   if not member then
     foreign = waits[0] + waits[1] > 0 -- who waits is of a lane that others serve
-    break
-  end
-  if front then
-    why, at = 'requests', now + width
     break
   end
   local tokens = tokens_of(member)
@@ -139,7 +140,11 @@ local wait, turn = -1, 0
 if waiting > 0 then
   at = at or now
   wait = max(0, at - now)
-  local first = call('ZADD', WAITING, at, name) == 1
+  local others = false -- wait in a lane that is not the asker's: when they are due is for others to say
+  for lane = 0, 1 do
+    others = others or waits[lane] > 0 and not string.find(ARGV[11], lane, 1, true)
+  end
+  local first = call('ZADD', WAITING, others and now or at, name) == 1
   if first or keep then
     call('PEXPIRE', WAITING, KEPT)
   end
@@ -189,6 +194,9 @@ for _, job in ipairs(joined) do
   end
 end
 
+if keep then
+  m.kept = now
+end
 save_meter(lease)
 local reply = {waiting, wait, turn, why or '', table.concat(granted, ' '), table.concat(large, ' ')}
 call('HSET', REPLIES, asker, table.concat({number, waiting, wait, turn, reply[4], reply[5], reply[6]}, '|'))

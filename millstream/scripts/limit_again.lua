@@ -6,6 +6,7 @@
 -- Returns {'granted', tokens}  {'too_large', tokens, limit}  {'wait', ms, why}: nothing was used; ask again then
 -- Such a request goes before the line. When its wait is short enough, the line stands still for it until 2 s after its
 -- time: by then whoever waits has asked again, with the same ticket, or is dead. Who gives up settles it as never asked.
+-- A row's place is before the rows alone (a negative score), since chats may have what is kept free for them.
 -- After a cool-down alone there is enough for all.
 -- A ticket that grew too old to be used is exchanged here, in one step: what it counts comes back before the new one is
 -- weighed, which so is not held back by its own shadow, and nobody comes between.
@@ -35,7 +36,7 @@ if why then
   local wait = max(1, at - now)
   local scarce = rpm > 0 or tpm > 0 or m.streams > 0
   if scarce and wait <= tonumber(ARGV[12]) then
-    call('ZADD', FRONT, at + 2000, ticket)
+    call('ZADD', FRONT, lane == 0 and at + 2000 or -at - 2000, ticket)
     if call('PTTL', FRONT) < wait + 2000 then
       call('PEXPIRE', FRONT, wait + 2000)
     end
@@ -44,7 +45,7 @@ if why then
   return {'wait', wait, why}
 end
 call('ZREM', FRONT, ticket)
-call('ZREMRANGEBYSCORE', FRONT, '-inf', now)
+call('ZREMRANGEBYSCORE', FRONT, -now, now)
 grant(ticket, lane, tokens, lease)
 save_meter(lease)
 return {'granted', tokens}

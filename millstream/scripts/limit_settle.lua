@@ -23,6 +23,7 @@ for i = 2, #ARGV, 3 do
     if unused then
       back = true
       count(at, lane, -1, -reserved)
+      m.step = 0 -- nor does anybody wait for the step it took: rows of a cancelled batch leave the line one after the other
     elseif took and took < reserved then
       count(at, lane, 0, took - reserved)
     elseif took and took > reserved and at > 0 then

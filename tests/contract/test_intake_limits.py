@@ -309,6 +309,28 @@ async def test_a_running_job_keeps_its_place_before_the_line(client: Client, set
         waits.give_back()
 
 
+async def test_names_that_are_no_text_stop_no_worker(client: Client, settings: Settings) -> None:
+    """Somebody wrote them among the meters, the lines and into a line: the jobs behind them begin, the sweep sweeps."""
+    odd, keys = b"up/\xff\xfe", client.keys
+    client.redis.zadd(keys.waiting, {odd: 0})
+    client.redis.zadd(keys.learned, {odd: 2**43})
+    line = keys.line("up/m", "interactive")
+    client.redis.zadd(line, {"no delivery:5": 0})
+    for name in (keys.waiting, keys.learned, line):
+        client.redis.expire(name, 60)
+    submit(client, 2, model="m")
+    async with fleet(settings, Limits(streams=5)) as (desks, started):
+        await until(lambda: len(started) == 2)
+        client.redis.zadd(keys.open, {"job-0": 1})
+        client.redis.hset(keys.state("job-0"), "line", odd)
+        await Sweeper(desks[0].client, ["up"])._sweep(["job-0"])
+    for name in (keys.waiting, keys.learned, line):
+        client.redis.delete(name)
+    client.redis.zrem(keys.open, "job-0")
+    tickets, held = keys.meter("up/m")[2:4]
+    client.redis.delete(tickets, held)
+
+
 @pytest.mark.parametrize("lost", ["settings", "waiting"])
 async def test_jobs_in_a_line_that_nobody_serves_are_delivered_again(
     client: Client, settings: Settings, lost: str

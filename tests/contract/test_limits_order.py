@@ -11,7 +11,19 @@ from typing import Final
 import pytest
 
 from millstream import Client
-from millstream.meters import WINDOW, Acquired, Leave, Limits, Meter, Place, Settlement, acquire, again, settle
+from millstream.meters import (
+    UNUSED,
+    WINDOW,
+    Acquired,
+    Leave,
+    Limits,
+    Meter,
+    Place,
+    Settlement,
+    acquire,
+    again,
+    settle,
+)
 from millstream.testing import fake_client
 from tests.contract.conftest import Hands
 from tests.contract.test_limits import INTERMEDIATE, LANES, Desk
@@ -125,7 +137,7 @@ def test_a_dead_workers_turn_is_taken_over(crowd: Crowd) -> None:
 
 
 def test_who_waits_for_long_is_not_told_to_come_one_after_the_other_for_ever(crowd: Crowd) -> None:
-    """Sixty workers and a step of five seconds: a turn is at most a second after the ticket, whoever is dead."""
+    """Sixty workers and a step of a second: a turn is at most a second after the ticket, whoever is dead."""
     crowd.meter = Meter("up", "m", Limits(requests=8))
     crowd.join(1, 1000)
     for number in range(60):
@@ -190,6 +202,59 @@ def test_after_a_cool_down_there_is_no_stampede(sent: Hands) -> None:
     assert desk.names(found) == ["j1"]
     assert found.because == "requests"
     assert found.again == pytest.approx(1.0, abs=0.3)
+
+
+def test_rows_of_a_cancelled_batch_hold_nobody_up(crowd: Crowd) -> None:
+    """Each leaves the line with a ticket that comes back at once, and nobody waits for the step it took."""
+    crowd.meter = Meter("up", "m", Limits(requests=60))
+    crowd.join(1, 100, "batch")
+    crowd.join(101, 1, "batch")
+    began = crowd.clock.now
+    while not any(number == 101 for _, _, number in crowd.granted):
+        wait = crowd.ask("w0").turn
+        for _, _, number in crowd.granted[-1:]:
+            call = settle(crowd.client.keys, "up/m", [Settlement(f"j{number}-00000000", UNUSED)])
+            moves = crowd.client.run(call)
+            assert crowd.client.run(call) == moves
+            wait = wait if moves is None else min(wait, moves)
+        crowd.clock.now += max(0.005, wait)
+    assert crowd.clock.now - began < 2.0
+
+
+def test_a_large_request_that_was_never_made_holds_nobody_up(sent: Hands) -> None:
+    """It had all of the window: given back whole, the next one may go."""
+    desk = Desk(sent, Limits(tokens=1000))
+    assert desk.names(desk.acquire(desk.places(2, most=900))) == ["j1"]
+    assert desk.settle("j1-00000000", UNUSED) == 0.0
+    assert desk.names(desk.acquire()) == ["j2"]
+
+
+def test_nothing_is_spaced_by_more_than_a_sixtieth_of_a_window(crowd: Crowd) -> None:
+    """A share for interactive of nine tenths, jobs as large as the limit: batch goes as soon as its last has left."""
+    crowd.meter = Meter("up", "m", Limits(tokens=1000, share=0.9))
+    crowd.join(1, 20, "batch", most=990)
+    crowd.go(4 * 62.5, WORKERS[:1])
+    assert len(crowd.granted) == 5
+
+
+def test_a_worker_of_batch_alone_does_not_put_off_chats(crowd: Crowd) -> None:
+    """Batch has used up its part; when a chat may go is for those to say who serve it, and who looks finds it due."""
+    crowd.join(1, 200, "batch")
+    crowd.go(9.0, WORKERS)
+    crowd.clock.now += 60
+    crowd.go(9.9, WORKERS)
+    crowd.join(500, 1)
+    call = acquire(
+        crowd.client.keys, crowd.meter, [], lease=15.0, asker="rows", number=1, want=1, lanes=("batch",),
+        intermediate=INTERMEDIATE,
+    )  # fmt: skip
+    found = crowd.client.run(call)
+    assert crowd.client.run(call) == found
+    assert found.granted == {}
+    assert found.again is not None
+    assert found.again > 0
+    assert crowd.client.redis.zscore(crowd.client.keys.waiting, "up/m") <= crowd.clock.now * 1000
+    assert list(crowd.ask("w0").granted) == ["j500-00000000"]
 
 
 # Exchange ------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,20 @@ from hypothesis import strategies as st
 
 from millstream import Client
 from millstream.calls import Call, T
-from millstream.meters import SLACK, UNUSED, WINDOW, Acquired, Limits, Meter, Place, Settlement, acquire, settle
+from millstream.meters import (
+    SLACK,
+    UNUSED,
+    WINDOW,
+    Acquired,
+    Limits,
+    Meter,
+    Place,
+    Settlement,
+    acquire,
+    again,
+    look,
+    settle,
+)
 from millstream.testing import fake_client
 
 SLOT: Final = WINDOW / 120
@@ -189,3 +202,116 @@ def test_batch_alone_leaves_the_share_of_interactive_unused(clock: Clock) -> Non
     assert fleet.upstream.most(WINDOW)[0] <= 200
     assert set(waits) == {1}, "none of them waited"
     assert len(fleet.upstream.arrived) >= 0.86 * 3 * 200
+
+
+@pytest.mark.parametrize("window", [1.0, 1.7, 10.0, 59.0])
+def test_a_window_that_slots_do_not_divide_is_kept(clock: Clock, window: float) -> None:
+    """The slots of a window are never shorter than it: whoever is as late as a worker may be still meets the limit."""
+    with fake_client() as client:
+        fleet = Fleet(client, clock, Limits(40, window=window))
+        fleet.join(200, "interactive", 10)
+        fleet.ask_on(clock.now + 3 * window, 10**6)
+        fleet.end()
+    times = sorted(at for at, _ in fleet.upstream.arrived)
+    assert min(later - at for at, later in zip(times, times[40:], strict=False)) > window * (1 + SLACK)
+
+
+def test_workers_of_two_windows_do_not_stand_still(clock: Clock) -> None:
+    """While a deploy lasts the longer window holds, and nearly all of its limit is used; afterwards the shorter one."""
+    with fake_client() as client:
+        old, new = Fleet(client, clock, Limits(40)), Fleet(client, clock, Limits(40, window=30.0))
+        old.join(500, "interactive", 10)
+        began = clock.now
+        while clock.now < began + 4 * WINDOW:
+            for fleet in (old, new):
+                fleet.ask([], 50)
+            clock.now += 1.0
+        arrived = [at for fleet in (old, new) for at, _, _ in fleet.held.values()]
+        assert len(arrived) >= 0.9 * 4 * 40
+        assert Upstream([(at, 1) for at in arrived]).most(WINDOW)[0] <= 40
+        began = clock.now
+        for _ in range(8 * int(WINDOW)):
+            new.ask([], 50)
+            clock.now += 0.5
+        later = [at for at, _, _ in new.held.values() if at > began + 2 * WINDOW]
+    assert len(later) >= 0.9 * 4 * 40
+    assert Upstream([(at, 1) for at in later]).most(30.0)[0] <= 40
+
+
+def test_a_clock_that_went_back_gives_no_tokens_away(clock: Clock) -> None:
+    """What was reserved before counts as used after it; it does not come back to slots that hold something else, which
+    would let more through than the limit.
+    """
+    with fake_client() as client:
+        fleet = Fleet(client, clock, Limits(tokens=1000))
+        fleet.join(1, "interactive", 900)
+        fleet.ask_on(clock.now + 1, 1)
+        clock.now -= 70
+        used: list[int] = []
+        for _ in range(150):
+            fleet.ask([], 0)
+            if len(used) == 80:
+                fleet.settle(0.1)
+            gauge = fleet.run(look(client.keys, "up/m"))
+            assert gauge is not None
+            used.append(gauge.tokens.used)
+            clock.now += 1.0
+    assert used[0] == 900
+    assert min(used) == used[-1] == 0
+
+
+def test_a_clock_that_went_back_a_little_keeps_the_quarter(clock: Clock) -> None:
+    """By half a window: what is granted from then on still counts in its sixth."""
+    with fake_client() as client:
+        fleet = Fleet(client, clock, Limits(40))
+        fleet.join(1, "interactive", 10)
+        fleet.ask([], 1)
+        clock.now -= WINDOW / 2
+        granted = 0
+        for _ in range(10):
+            fleet.join(3, "interactive", 10)
+            granted += len(fleet.ask([], 3).granted)
+            clock.now += 0.4
+    assert granted == 9
+
+
+def test_the_answers_to_the_workers_are_kept_while_they_ask(clock: Clock) -> None:
+    """Whatever else is called first when times to live are due: a lost reply finds its answer."""
+    with fake_client() as client:
+        fleet = Fleet(client, clock, Limits(40))
+        replies = client.keys.meter("up/m")[7]
+        fleet.join(1, "interactive", 10)
+        for _ in range(12):
+            clock.now += WINDOW / 5
+            fleet.run(settle(client.keys, "up/m", [Settlement("none")]))
+            fleet.ask([], 0)
+            assert client.redis.pttl(replies) > WINDOW * 1000 / 2
+
+
+def test_rows_that_wait_before_the_line_hold_up_no_chat(clock: Clock) -> None:
+    """Batch has used up its part, one of its running rows waits to ask again: what is kept free for chats is free."""
+
+    def ask_until_it_waits(fleet: Fleet, lane: str) -> str:
+        for number in itertools.count():
+            ticket, meter = f"{lane}{number}", Meter("up", "m", fleet.limits)
+            call = again(fleet.client.keys, meter, ticket, lane, 10, 10, lease=15.0, room=60.0)
+            found = fleet.run(call)
+            assert fleet.run(call) == found
+            if found.outcome == "wait":
+                return ticket
+        raise AssertionError
+
+    with fake_client() as client:
+        fleet = Fleet(client, clock, Limits(40, share=0.5))
+        row = ask_until_it_waits(fleet, "batch")
+        fleet.join(1, "batch", 10)
+        fleet.join(1, "interactive", 10)
+        assert list(fleet.ask([], 5).granted) == ["j2-00000000"]
+        chat = ask_until_it_waits(fleet, "interactive")
+        clock.now += 12.5
+        fleet.join(1, "interactive", 10)
+        assert fleet.ask([], 5).granted == {}, "a chat's place is before all"
+        for ticket in (chat, row):
+            fleet.run(settle(client.keys, "up/m", [Settlement(ticket, UNUSED)]))
+        assert len(fleet.ask([], 5).granted) == 2
+        assert client.redis.zcard(client.keys.meter("up/m")[6]) == 0
