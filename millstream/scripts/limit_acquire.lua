@@ -11,7 +11,8 @@
 -- 'DELIVERY:TOKENS ...', too large 'DELIVERY:TOKENS ...'}. Granted deliveries may be others than those that joined: who
 -- comes first goes first. A delivery is its own ticket. All of a request is granted, or nothing; who waits has used nothing.
 -- Too large may be some of the line, too, after a limit was lowered: they have left it, to be counted anew.
--- A job that stays in line says so in its state, and its delivery leaves the intermediate list for the line.
+-- A job that stays in line says so in its state, and its delivery leaves the intermediate list for the line; from the
+-- line it comes back into the list.
 -- Interactive goes first, but of twenty tickets one is batch's when both wait, whoever serves which of them.
 -- A lost reply may be retried: the last answer to each asker is kept for a minute. A call that comes later than a newer
 -- one of its asker does nothing: nobody waits for its tickets any more.
@@ -35,11 +36,12 @@ local want, jobs = tonumber(ARGV[10]), tonumber(ARGV[14])
 open_meter(window)
 set_limits(name, tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5]))
 
-local joined, large, new = {}, {}, {[0] = 0, 0}
+local joined, large, new, taken = {}, {}, {[0] = 0, 0}, {}
 for i = 1, jobs do
   local from = 10 + 5 * i
   local delivery, lane, tokens = ARGV[from], tonumber(ARGV[from + 1]), cost_of(ARGV[from + 3], ARGV[from + 4])
   local member = delivery .. ':' .. int(tokens)
+  taken[delivery] = true
   if m.tpm > 0 and tokens > m.tpm then
     large[#large + 1] = member
   elseif call('ZADD', LINES[lane], ARGV[from + 2], member) == 1 then
@@ -57,6 +59,10 @@ local function tokens_of(member)
   return tonumber(string.match(member, '%d+$'))
 end
 local function leave(lane, member)
+  local delivery = string.match(member, '^(.*):%d+$')
+  if not taken[delivery] then -- until the asker has booked it, RQ finds it where it finds all that a dead worker took
+    call('RPUSH', KEYS[12 + lane], delivery)
+  end
   call('ZREM', LINES[lane], member)
   waits[lane] = waits[lane] - 1
   heads[lane] = nil

@@ -140,6 +140,20 @@ def test_a_job_in_line_says_so(sent: Hands) -> None:
     assert desk.client.status("j2").wait is None
 
 
+def test_what_leaves_the_line_is_in_the_intermediate_list_until_it_is_booked(sent: Hands) -> None:
+    """There RQ finds what a worker took and died with; outside of every list its hash would stay for ever."""
+    desk = Desk(sent, Limits(streams=1, tokens=5000))
+    desk.acquire(desk.places(3), want=1, asker="w1")
+    desk.settle("j1-00000000", 100)
+    assert desk.names(desk.acquire(asker="w2")) == ["j2"]
+    assert desk.client.redis.lrange(INTERMEDIATE[0], 0, -1) == [b"j1-00000000", b"j2-00000000"]
+    desk.limits = Limits(streams=1, tokens=50)
+    desk.meter = Meter("up", "m/1", desk.limits)
+    assert list(desk.acquire(asker="w2").too_large) == ["j3-00000000"]
+    assert desk.client.redis.lrange(INTERMEDIATE[0], 0, -1)[2:] == [b"j3-00000000"]
+    desk.client.redis.expire(INTERMEDIATE[0], 60)
+
+
 def test_a_cancelled_job_leaves_no_word_in_line(sent: Hands) -> None:
     """Cancel works at once; whoever takes the place finds the job closed and gives the ticket back whole."""
     desk = Desk(sent, Limits(requests=40, tokens=1000, streams=1))

@@ -64,7 +64,8 @@ class Crowd:
         self.calls[asker] += 1
         call = acquire(
             self.client.keys, self.meter, places or [], lease=15.0, asker=asker, number=next(self.numbers), want=want,
-            lanes=self.lanes.get(asker, LANES), intermediate=INTERMEDIATE, turn=max(0.0, self.turns.get(asker, 0.0) - self.clock.now),
+            lanes=self.lanes.get(asker, LANES), intermediate=INTERMEDIATE,
+            turn=max(0.0, self.turns.get(asker, 0.0) - self.clock.now),
         )  # fmt: skip
         found = self.client.run(call)
         assert self.client.run(call) == found

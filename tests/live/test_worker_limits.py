@@ -163,38 +163,44 @@ def test_a_killed_holders_share_is_back_within_its_lease(
 def test_interactive_jobs_do_not_wait_behind_a_batch(
     limited: Callable[[str], World], soak: bool, say: Callable[[str], None]
 ) -> None:
-    """Ten of them start as soon as without it, within twice the time, although its jobs hold all of their limit."""
-    world = limited("rpm = 1200")
+    """They start as soon as without it, within twice the time, although its jobs hold all of their limit.
+
+    Alone: before the batch, or in the same moment at a model of which nobody waits, whichever took longer; so what else
+    the machine does counts on both sides.
+    """
+    world = limited("rpm = 2400")  # of whose quarters a tenth, 60, is left to them
     world.worker()
     rows = 10_000 if soak else 2000
 
-    def ten(name: str) -> list[float]:
-        took = []
-        for number in range(10):
-            prompt, began = f"{name} {number}", time.monotonic()
-            world.submit(prompt)
-            took.append(asked(world, prompt) - began)
-            time.sleep(0.05)  # a person's pause: these jobs are to meet an idle line, not each other
+    def start(prompt: str, model: str = "scripted") -> float:
+        began = time.monotonic()
+        world.submit(prompt, model=model)
+        took = asked(world, prompt) - began
+        time.sleep(0.05)  # a person's pause: these jobs are to meet an idle line, not each other
         return took
 
-    ten("warm")
-    alone = ten("alone")
+    for number in range(10):
+        start(f"warm {number}")
+    alone = [start(f"alone {number}") for number in range(20)]
     submit_many(world, [f"row {number}" for number in range(rows)], lane="batch")
     wait_until(lambda: world.redis.llen("rq:queue:millstream-batch") == 0, "all rows are running or in line", 60)
-    wait_until(lambda: world.client.limits()[0].waiting["batch"] > rows - 300, "the batch has used up its part")
-    cpu = time.process_time()
-    beside = ten("beside")
-    assert time.process_time() - cpu < 5
-    gauge = world.client.limits()[0]
+    wait_until(lambda: world.client.limits()[0].waiting["batch"] > rows - 600, "the batch has used up its part")
+    beside, elsewhere = [], []
+    for number in range(20):
+        beside.append(start(f"beside {number}"))
+        elsewhere.append(start(f"elsewhere {number}", "other"))
+    waiting = next(each for each in world.client.limits() if each.model == "scripted").waiting["batch"]
     say(
-        f"ten interactive jobs start after {statistics.median(alone) * 1000:.1f} ms (median) alone, "
-        f"{statistics.median(beside) * 1000:.1f} ms beside {gauge.waiting['batch']} waiting rows; worst "
-        f"{max(alone) * 1000:.1f} and {max(beside) * 1000:.1f}"
+        f"interactive jobs start after {statistics.median(alone) * 1000:.1f} ms (median) alone, "
+        f"{statistics.median(beside) * 1000:.1f} ms beside {waiting} waiting rows, "
+        f"{statistics.median(elsewhere) * 1000:.1f} ms at another model meanwhile; worst {max(alone) * 1000:.1f}, "
+        f"{max(beside) * 1000:.1f} and {max(elsewhere) * 1000:.1f}"
     )
     end_line(world.redis, world.keys, "up/scripted", "batch")
     cancel_all(world)
-    assert statistics.median(beside) <= 2 * statistics.median(alone)
-    assert max(beside) <= 2 * max(*alone, 0.1)
+    assert waiting > rows / 2
+    assert statistics.median(beside) <= 2 * max(statistics.median(alone), statistics.median(elsewhere))
+    assert max(beside) <= 2 * max(*alone, *elsewhere, 0.25)  # behind the batch it is seconds
 
 
 def test_a_429_seen_by_one_worker_keeps_all_others_away(world: World, say: Callable[[str], None]) -> None:
