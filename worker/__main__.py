@@ -54,8 +54,10 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a worker; the exit status."""
     asked = parser().parse_args(argv)
-    # Until the loop has its own: as pid 1 of a container, a process ignores what it has no handler for.
-    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+    # Until the loop has its own: as pid 1 of a container, a process ignores what it has no handler for. At once, as
+    # nothing is held yet, and not by an exception, which is lost where it meets somebody's clearing up.
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, lambda number, _frame: os._exit(128 + number))
     try:
         check_release()
         if asked.streams is not None and not 1 <= asked.streams <= 10_000:

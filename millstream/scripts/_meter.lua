@@ -32,7 +32,7 @@ local TOGETHER, TURN, LATEST = 100, 50, 1000 -- ms: of pace in one call; between
 local COUNTS = {'window', 'from', 'near', 'r', 't', 'br', 'bt', 'rn', 'tn', 'brn', 'btn', 'behind', 'streak', 'holding',
   'kept', 'step', 'turn'}
 local PACKED, PACK, NONE = string.rep('(%S+) ', #COUNTS), string.rep('%.0f ', #COUNTS), string.rep('0 ', #COUNTS)
-local FIELDS = {'counts', 'rpm', 'tpm', 'streams', 'share', 'cooling', 'pace', 'seen', 'narrow'}
+local FIELDS = {'counts', 'rpm', 'tpm', 'streams', 'share', 'cooling', 'pace', 'seen', 'narrow', 'served'}
 local SELDOM = {'paced', 'base', 'rpm_seen', 'tpm_seen', 'mean', 'deviation', 'samples'} -- read where they are needed
 
 local PARTS = {r = {near = 'rn', batch = 'br', batch_near = 'brn'}, t = {near = 'tn', batch = 'bt', batch_near = 'btn'}}

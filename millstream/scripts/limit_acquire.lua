@@ -13,12 +13,13 @@
 -- Too large may be some of the line, too, after a limit was lowered: they have left it, to be counted anew.
 -- A job that stays in line says so in its state, and its delivery leaves the intermediate list for the line; from the
 -- line it comes back into the list.
--- Interactive goes first, but of twenty tickets one is batch's when both wait.
+-- Interactive goes first, but of twenty tickets one is batch's when both wait, whoever serves which of them.
 -- A lost reply may be retried: the last answer to each asker is kept for a minute. A call that comes later than a newer
 -- one of its asker does nothing: nobody waits for its tickets any more.
 -- flags: allow-oom
 -- uses: _meter
 
+local SERVED = 2500 -- ms: within which workers that may serve a line have looked, and asked
 local REPLIES, asker, number = KEYS[8], ARGV[8], ARGV[9]
 local before = call('HGET', REPLIES, asker)
 local last = before and tonumber(string.match(before, '^%d+')) or 0
@@ -85,6 +86,15 @@ end
 local chats = call('ZCOUNT', FRONT, '(' .. int(now), '+inf') > 0
 local front = {[0] = chats, chats or call('ZCOUNT', FRONT, '-inf', '(' .. int(-now)) > 0}
 
+-- Whether rows are to let chats go first that others serve, who asked within the last seconds.
+local chatting = string.find(ARGV[11], '0', 1, true)
+local function yields()
+  return not chatting and waits[0] > 0 and m.streak < 19 and math.abs(now - m.served) < SERVED
+end
+if chatting and waits[0] > 0 and math.abs(now - m.served) >= TOGETHER then
+  call('HSET', METER, 'served', int(now))
+end
+
 -- May the first of this lane have its ticket now: nil, or why not, and when to ask for it.
 local function refused(lane, tokens)
   stepping, gap = false, 0
@@ -112,7 +122,7 @@ while want > 0 do
   end
   local lane = chat and not (row and m.streak >= 19) and 0 or 1
   local member = head(lane)
-  if not member then
+  if not member or yields() then
     foreign = waits[0] + waits[1] > 0 -- who waits is of a lane that others serve
     break
   end
@@ -130,7 +140,7 @@ while want > 0 do
     m.step = max(step, now - max(TURN, TOGETHER - gap)) -- who comes late is not late for ever
   end
   leave(lane, member)
-  m.streak = lane == 0 and row and m.streak + 1 or 0
+  m.streak = lane == 0 and waits[1] > 0 and m.streak + 1 or 0
   grant(string.match(member, '^(.*):%d+$'), lane, tokens, lease)
   granted[#granted + 1] = member
 end

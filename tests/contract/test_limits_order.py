@@ -48,6 +48,8 @@ class Crowd:
     turns: dict[str, float] = field(default_factory=dict)
     granted: list[tuple[float, str, int]] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)
+    lanes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Of workers that do not serve all."""
 
     def __post_init__(self) -> None:
         self.meter = Meter("up", "m", self.limits)
@@ -62,7 +64,8 @@ class Crowd:
         self.calls[asker] += 1
         call = acquire(
             self.client.keys, self.meter, places or [], lease=15.0, asker=asker, number=next(self.numbers), want=want,
-            lanes=LANES, intermediate=INTERMEDIATE, turn=max(0.0, self.turns.get(asker, 0.0) - self.clock.now),
+            lanes=self.lanes.get(asker, LANES), intermediate=INTERMEDIATE,
+            turn=max(0.0, self.turns.get(asker, 0.0) - self.clock.now),
         )  # fmt: skip
         found = self.client.run(call)
         assert self.client.run(call) == found
@@ -255,6 +258,31 @@ def test_a_worker_of_batch_alone_does_not_put_off_chats(crowd: Crowd) -> None:
     assert found.again > 0
     assert crowd.client.redis.zscore(crowd.client.keys.waiting, "up/m") <= crowd.clock.now * 1000
     assert list(crowd.ask("w0").granted) == ["j500-00000000"]
+
+
+@pytest.mark.parametrize(
+    "lanes", [(LANES, LANES), (LANES, LANES[:1]), (LANES, LANES[1:]), (LANES[:1], LANES[1:])], ids=str
+)
+def test_lanes_keep_their_order_whoever_serves_them(crowd: Crowd, lanes: tuple[tuple[str, ...], ...]) -> None:
+    """While both wait, about one ticket of twenty is batch's, also where some workers serve one lane alone."""
+    crowd.join(1, 500)
+    crowd.join(1001, 500, "batch")
+    crowd.lanes = {f"w{number}": served for number, served in enumerate(lanes)}
+    crowd.go(50.0, list(crowd.lanes))
+    rows = sum(number > 1000 for _, _, number in crowd.granted)
+    assert len(crowd.granted) >= 180
+    assert len(crowd.granted) / 30 <= rows <= len(crowd.granted) / 15
+
+
+def test_rows_go_on_when_nobody_serves_the_chats_that_wait(crowd: Crowd) -> None:
+    """The last worker that served them died a moment ago."""
+    crowd.join(1, 500)
+    crowd.join(1001, 500, "batch")
+    crowd.lanes = {"w0": LANES[:1], "w1": LANES[1:]}
+    crowd.go(5.0, ["w0", "w1"])
+    before = len(crowd.granted)
+    crowd.go(8.0, ["w1"])
+    assert len(crowd.granted) - before >= (8.0 - 2.5 - 1.1) / (GAP / 0.9) - 2
 
 
 # Exchange ------------------------------------------------------------------------------------------------------------
