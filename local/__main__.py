@@ -22,7 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     up = commands.add_parser("up", help="keep it all running in the foreground")
     up.add_argument("--data", type=Path, default=guard.ROOT / ".data", help="where data and logs are kept")
-    up.add_argument("--port", type=int, default=parts.USUAL_PORT, help="Valkey's, if it is free (default: %(default)s)")
+    up.add_argument(
+        "--port", type=_port, default=parts.USUAL_PORT, help="Valkey's, if it is free (default: %(default)s)"
+    )
     commands.add_parser("demo", help="start it all, show a few answers streaming side by side, and end")
     options = parser.parse_args(arguments)
     try:
@@ -38,6 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and len(text) <= 5 and 1 <= int(text) <= 65_535):
+        raise argparse.ArgumentTypeError(f"found {text[:40]!r}, expected a port, 1 to 65535")
+    return int(text)
 
 
 if __name__ == "__main__":

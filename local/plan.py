@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Self
-from urllib.parse import urlsplit
 
 from millstream.settings import Settings
 
@@ -55,11 +54,9 @@ class Plan:
 
 
 def _describe(given: list[str], base_url: str) -> str:
-    """One line for people, without the key, not even one inside the URL."""
+    """One line for people."""
     if not given:
         return f"{model.NAME} on this machine, because neither OPENAI_API_KEY nor OPENAI_BASE_URL is set"
     if "MILLSTREAM_UPSTREAMS" in given:
         return "those of MILLSTREAM_UPSTREAMS"
-    parts = urlsplit(base_url)
-    shown = parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
-    return f"{shown}, because {' and '.join(given)} {'is' if len(given) == 1 else 'are'} set"
+    return f"{base_url}, because {' and '.join(given)} {'is' if len(given) == 1 else 'are'} set"

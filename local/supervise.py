@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Final, TypeVar
+from typing import Final, TextIO, TypeVar
 
 from . import parts
 from .errors import FolderTaken, LocalError
@@ -129,9 +129,11 @@ def signals_interrupt() -> Iterator[None]:
 
 @contextlib.contextmanager
 def sole_use(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process: two servers on one append-only file would ruin it. Raises FolderTaken."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("a+") as lock:
+    """Hold the folder for this process: two servers on one append-only file would ruin it.
+
+    Raises FolderTaken, and LocalError where it cannot be made or written to.
+    """
+    with _lock_file(folder) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -144,3 +146,11 @@ def sole_use(folder: Path) -> Iterator[None]:
         lock.write(str(os.getpid()))
         lock.flush()
         yield
+
+
+def _lock_file(folder: Path) -> TextIO:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return (folder / "lock").open("a+")
+    except OSError as error:
+        raise LocalError(f"{folder} cannot be used ({error.strerror}): choose another folder with --data") from None

@@ -72,7 +72,7 @@ def _require(name: str, value: Any, holds: bool, expected: str) -> None:
 
 def _unknown(name: str) -> str:
     close = difflib.get_close_matches(str(name), ALLOWED, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else "see docs/operations.md for the names"
+    hint = f"did you mean {close[0]!r}?" if close else "the names are in millstream.parameters.ALLOWED"
     reserved = {
         "stream": "the worker always streams",
         "stream_options": "the worker always streams",

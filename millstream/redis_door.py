@@ -150,7 +150,10 @@ def words(error: redis.exceptions.RedisError, url: str) -> str:
     where = place(url)
     text = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
     if isinstance(error, redis.exceptions.AuthenticationError) or "NOAUTH" in text or "WRONGPASS" in text:
-        return f"Redis at {where} refused the password; check REDIS_URL (redis://:PASSWORD@host:port/0)"
+        found = "asks for a password and got none" if _code(error) == "NOAUTH" else "refused the password"
+        return (
+            f"Redis at {where} {found}; check REDIS_URL (redis://:PASSWORD@host:port/0, or redis://USER:PASSWORD@...)"
+        )
     if isinstance(error, redis.exceptions.OutOfMemoryError):
         return (
             f"Redis at {where} is full (maxmemory): nothing was accepted; "

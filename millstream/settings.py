@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 from .errors import SettingsError
@@ -71,11 +71,35 @@ def _redis_url(text: str) -> str:
     return text
 
 
+HTTP_ADDRESS: Final = "http:// or https://, a host and perhaps a path, without user, query or fragment"
+"""What `is_http_address` accepts, in words."""
+
+
+def is_http_address(value: Any) -> bool:
+    """Whether /chat/completions can be appended to it, and it can be shown: it has no place for a key."""
+    if not isinstance(value, str) or not value.isascii() or not value.isprintable() or " " in value:
+        return False
+    try:
+        parts = urlsplit(value)
+        port = parts.port
+    except ValueError:
+        return False
+    named = parts.scheme in ("http", "https") and bool(parts.hostname) and port != 0
+    return named and "@" not in parts.netloc and "?" not in value and "#" not in value
+
+
+def shown_address(text: str) -> str:
+    """What was found instead of such an address; user, query and fragment may be a key."""
+    return "an address with @, ? or # in it" if any(mark in text for mark in "@?#") else repr(text[:80])
+
+
 def _http_url(text: str) -> str:
-    """http:// or https:// and a host"""
-    if not re.match(r"https?://[^/\s]+", text):
+    if not is_http_address(text):
         raise ValueError(text)
     return text.rstrip("/")
+
+
+_http_url.__doc__ = HTTP_ADDRESS
 
 
 def _setting(variable: str, parse: Callable[[str], Any], default: Any, about: str, *, secret: bool = False) -> Any:
@@ -178,7 +202,7 @@ def _parse(metadata: Mapping[str, Any], text: str) -> Any:
     try:
         return parse(text)
     except (ValueError, KeyError):
-        shown = "a value" if metadata["secret"] else repr(text[:80])
+        shown = shown_address(text) if parse is _http_url else "a value" if metadata["secret"] else repr(text[:80])
         expected = parse.__doc__ if parse is not str else "text"
         raise SettingsError(f"{metadata['variable']}: found {shown}, expected {expected}") from None
 

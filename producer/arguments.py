@@ -121,7 +121,9 @@ def _batch(parser: Parser) -> None:
     parser.add_argument(
         "input", metavar="IN.jsonl", help="rows as for the OpenAI Batch API: custom_id, method, url, body; - is stdin"
     )
-    parser.add_argument("--out", metavar="OUT.jsonl", help="where the answers go; OUT.jsonl.batch is kept beside it")
+    parser.add_argument(
+        "--out", metavar="OUT.jsonl", type=_file, help="where the answers go; OUT.jsonl.batch is kept beside it"
+    )
     parser.add_argument(
         "--window", metavar="N", type=_limit, default=1000, help="jobs open at once at most (default 1000)"
     )
@@ -153,6 +155,14 @@ def _whole(text: str, least: int) -> int:
     if not (text.isascii() and text.isdigit() and len(text) <= 15 and int(text) >= least):
         raise argparse.ArgumentTypeError(f"found {text[:40]!r}, expected a whole number, {least} or more")
     return int(text)
+
+
+def _file(text: str) -> str:
+    if text == "-":
+        raise argparse.ArgumentTypeError(
+            "found '-', expected a file: after a stop the batch goes on from what stands in it"
+        )
+    return text
 
 
 def _patience(text: str) -> float:

@@ -125,7 +125,11 @@ if __name__ == "__main__":
     url = os.environ.get("REDIS_URL", "redis://127.0.0.1:6379/0")
     after = int(sys.argv[2]) if len(sys.argv) > 2 else 0
     try:
-        for each in Follower(redis.Redis.from_url(url, decode_responses=True), sys.argv[1], after).events():
+        connection = redis.Redis.from_url(url, decode_responses=True)
+    except ValueError:  # without redis-py's words, which may quote a piece of the password
+        sys.exit("REDIS_URL: found an address that cannot be used, expected redis://[:PASSWORD@]HOST[:PORT][/DB]")
+    try:
+        for each in Follower(connection, sys.argv[1], after).events():
             print(json.dumps(each, ensure_ascii=False), flush=True)  # noqa: T201 - stdout is its interface
     except (LookupError, RuntimeError, redis.RedisError) as error:
         sys.exit(str(error))

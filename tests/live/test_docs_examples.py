@@ -127,6 +127,17 @@ def test_the_readmes_follow_gives_every_event_of_a_finished_job(
     assert [{**each, "at": at["at"], "v": 1} for each, at in zip(found, expected, strict=True)] == expected
 
 
+@pytest.mark.parametrize("url", ["bogus", "redis://:canary/x@host:6379/0"])
+def test_the_example_says_in_one_line_that_an_address_is_none(url: str) -> None:
+    """No traceback, and nothing of a password."""
+    environ = {**os.environ, "REDIS_URL": url}
+    done = subprocess.run([sys.executable, str(EXAMPLE), "j"], env=environ, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("REDIS_URL: found an address that cannot be used, expected redis://")
+    assert done.stderr.count("\n") == 1
+    assert "canary" not in done.stderr
+
+
 def test_the_readmes_follow_loses_nothing_live(valkey: Valkey, client: Client, readme_follow: Follow) -> None:
     """Called again with the last seq after a broken connection, it goes on; nothing is lost or doubled."""
     job = client.submit("Hello", id="readme-live")

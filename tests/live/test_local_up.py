@@ -17,6 +17,7 @@ import pytest
 import redis
 
 from local import guard
+from local.__main__ import main
 from local.errors import PartFailed
 from local.parts import Worker
 from local.valkey import Valkey
@@ -212,6 +213,23 @@ def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
             assert f"{tmp_path} is in use by process {first.process.pid}: end that `local up`" in errors
         with redis.Redis.from_url(first.redis_url) as client:
             assert client.ping()
+
+
+def test_a_folder_that_cannot_be_used_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Found, and what to do; no traceback."""
+    (tmp_path / "file").touch()
+    assert main(["up", "--data", str(tmp_path / "file" / "x")]) == 1
+    expected = f"local up: {tmp_path}/file/x cannot be used (Not a directory): choose another folder with --data\n"
+    assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize("port", ["99999", "0", "-1", "x"])
+def test_a_port_that_is_none_is_wrong_usage(port: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit status 2, before anything is started."""
+    with pytest.raises(SystemExit) as end:
+        main(["up", "--port", port])
+    assert end.value.code == 2
+    assert f"--port: found '{port}', expected a port, 1 to 65535" in capsys.readouterr().err
 
 
 def test_a_given_redis_is_used_and_its_password_not_shown(tmp_path: Path) -> None:

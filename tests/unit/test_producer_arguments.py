@@ -223,3 +223,11 @@ def test_a_prompt_that_begins_with_a_dash_comes_after_two(client: Client) -> Non
     """As in every other command."""
     assert typed(client, "submit", "--id", "j", "--", "-5 + 3?").status == 0
     assert spec_of(client, "j").messages[0]["content"] == "-5 + 3?"
+
+
+def test_stdout_is_no_output_of_a_batch(client: Client, capsys: pytest.CaptureFixture[str]) -> None:
+    """What goes on from its output needs a file; none is made that is called `-`."""
+    with pytest.raises(SystemExit) as end:
+        typed(client, "batch", "-", "--out", "-")
+    assert end.value.code == 2
+    assert "--out: found '-', expected a file" in one_line(capsys.readouterr().err)

@@ -28,6 +28,10 @@ LASTING = {
     "NOPERM User somebody has no permissions to run the 'evalsha' command": "check its ACL",
     "ERR something else": "refused: something else",
 }
+LOGIN = {  # redis-py counts these among the connection errors, too
+    "WRONGPASS invalid username-password pair or user is disabled.": "refused the password; check REDIS_URL",
+    "NOAUTH Authentication required.": "asks for a password and got none; check REDIS_URL",
+}
 
 
 def raised(reply: str) -> Exception:
@@ -42,12 +46,12 @@ def parsers() -> list[Any]:
     return [each.connection_pool.connection_kwargs["parser_class"] for each in made]
 
 
-@pytest.mark.parametrize("reply", [*PASSING, *LASTING])
+@pytest.mark.parametrize("reply", [*PASSING, *LASTING, *LOGIN])
 def test_every_reply_has_its_words(reply: str) -> None:
     """Found, and what to do; where, but neither user nor password."""
     with pytest.raises(RedisUnavailable) as caught, translated(URL):
         raise raised(reply)
-    assert {**PASSING, **LASTING}[reply] in str(caught.value)
+    assert {**PASSING, **LASTING, **LOGIN}[reply] in str(caught.value)
     assert "redis.example:6379" in str(caught.value)
     assert "secret" not in str(caught.value)
 

@@ -17,6 +17,8 @@ BAD = [
     ("REDIS_URL", "redis://:hunter2/x@host:6379/0"), ("REDIS_URL", "redis://:hunter2@host:port/0"),
     ("REDIS_URL", "redis://:hunter2@host:99999/0"), ("REDIS_URL", "redis://:hunter2@[::1/0"),
     ("OPENAI_BASE_URL", "api.openai.com"), ("OPENAI_BASE_URL", "ftp://x"), ("OPENAI_BASE_URL", "https://"),
+    ("OPENAI_BASE_URL", "https://me:hunter2@host/v1"), ("OPENAI_BASE_URL", "https://host/v1?key=hunter2"),
+    ("OPENAI_BASE_URL", "https://host/v1#hunter2"), ("OPENAI_BASE_URL", "http://host:99999/v1"),
     ("MILLSTREAM_PREFIX", "a:b"), ("MILLSTREAM_PREFIX", "x" * 33), ("MILLSTREAM_PREFIX", "{a}"),
     ("MILLSTREAM_STREAMS", "0"), ("MILLSTREAM_STREAMS", "1.5"), ("MILLSTREAM_STREAMS", "many"),
     ("MILLSTREAM_STREAMS", "10001"),

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from millstream.errors import SettingsError
 from millstream.meters import NO_LIMITS, WINDOW, Limits
-from millstream.settings import Settings
+from millstream.settings import HTTP_ADDRESS, Settings, is_http_address, shown_address
 
 VARIABLE: Final = "MILLSTREAM_UPSTREAMS"
 CONTINUES: Final = ("", "vllm", "llama.cpp", "deepseek", "mistral")
@@ -117,7 +117,7 @@ def _upstream(
         raise SettingsError(f"{source}: {where}: found {_kind(found)}, expected a table")
     table = _Table(source, where, found)
     table.check_known(FIELDS)
-    base_url = table.take("base_url", None, "http:// or https:// and a host", _is_address)
+    base_url = table.take("base_url", None, HTTP_ADDRESS, is_http_address)
     if base_url is None:
         raise table.wrong("base_url", "is missing; expected the address that /chat/completions is appended to")
     limits, models_limits = _limits(table, share)
@@ -218,8 +218,8 @@ class _Table:
         value = self._found[key]
         if not holds(value):
             shown = repr(value)[:60] if isinstance(value, str | int | float) else _kind(value)
-            if key == "base_url" and "@" in str(value):
-                shown = "an address with a user in it"
+            if key == "base_url" and isinstance(value, str):
+                shown = shown_address(value)
             if key == "api_key_env":  # perhaps the key itself
                 shown = "something else"
             raise self.wrong(key, f"found {shown}, expected {expected}")
@@ -267,17 +267,3 @@ def _is_names(value: Any) -> bool:
 
 def _is_variable(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value) is not None
-
-
-def _is_address(value: Any) -> bool:
-    if not isinstance(value, str) or not value.isascii() or not value.isprintable() or " " in value:
-        return False
-    try:
-        parts = urlsplit(value)
-        port = parts.port
-    except ValueError:
-        return False
-    return (
-        parts.scheme in ("http", "https") and bool(parts.hostname) and port != 0
-        and "@" not in parts.netloc and not parts.query and not parts.fragment
-    )  # fmt: skip
