@@ -17,8 +17,9 @@
 -- while more wait than may be granted now, tickets are spaced, at the pace at which a sixth gets exactly its quarter: 1.5
 -- times what a window sustains, so that nothing of a limit is lost. Where that pace leaves less than 100 ms between two,
 -- those of 100 ms may come together, lest each cost a call; none is spaced by more than a sixtieth of a window, which is
--- enough for the order. When no more wait than may be granted, all are at once: a chat beside a batch waits for nobody. Each worker that asks is told its own turn, one ticket after the other's, so that one
--- call fetches one ticket and jobs spread over the workers; a turn is at most 1 s late, so that a dead one's is taken over.
+-- enough for the order. When no more wait than may be granted, all are at once: a chat beside a batch waits for nobody.
+-- Each worker that asks is told its own turn, one ticket after the other's, so that one call fetches one ticket and jobs
+-- spread over the workers; a turn is at most 1 s late, so that a dead one's is taken over.
 
 local call, KEYS, ARGV = redis.call, KEYS, ARGV
 local floor, max, min = math.floor, math.max, math.min
