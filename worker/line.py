@@ -117,6 +117,8 @@ async def _in_time(answer: asyncio.Future[Any]) -> Any:
         return await answer
     finally:
         late.cancel()
+        if answer.done() and not answer.cancelled():
+            answer.exception()  # or asyncio complains, where a cancellation came in the very turn of a lost connection
 
 
 def _too_late(answer: asyncio.Future[Any]) -> None:

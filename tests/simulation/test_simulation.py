@@ -34,6 +34,7 @@ SHOWN = 300
 KEPT = {
     10348: "RQ's stop of a job that a failover had lost ended its whole worker",
     146152415: "an attempt that was given up left the seams of a text that had been dropped",
+    242537815: "a cancellation in the turn in which a connection was lost left an error that nobody had heard",
     611509522: "a delivery that had left the line of a limit was in no list, and its hash stayed for ever",
 }
 """Seeds that showed a fault of the product when they were found; unit tests hold what they taught."""
