@@ -41,7 +41,7 @@ hypothesis.settings.register_profile(
 if not os.environ.get("CI"):
     hypothesis.settings.load_profile("elsewhere")
 
-# A shell's background job ignores SIGINT, one of nohup SIGHUP, and so would every process that a test starts and signals.
+# A shell's background job ignores SIGINT, one of nohup SIGHUP, and so would what a test starts and signals.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
