@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
 import redis.connection
 
-from millstream import RedisUnavailable
+from millstream import RedisUnavailable, redis_door
 from millstream.redis_door import TRANSIENT, connect, connect_async, translated
 
 URL = "redis://somebody:secret@redis.example:6379/0"
@@ -69,3 +70,12 @@ def test_both_kinds_of_connections_read_alike() -> None:
     for reply in (*PASSING, *LASTING):
         assert len({type(parser.parse_error(reply)) for parser in parsers()}) == 1
     assert issubclass(parsers()[0], redis.connection.DefaultParser)
+
+
+def test_a_restart_of_a_second_and_a_half_is_never_heard_of() -> None:
+    """However chance has it, the tries of a command reach further, and never beyond four seconds."""
+    for seed in range(200):
+        random.seed(seed)
+        backoff = redis_door._backoff()
+        waits = [backoff.compute(failures) for failures in range(1, redis_door.RETRIES + 1)]
+        assert 1.7 < sum(waits) < 4
