@@ -83,8 +83,9 @@ local function head(lane)
 end
 
 -- Requests again within an attempt go before the line, those of rows before rows; a place lapses with its score.
-local chats = call('ZCOUNT', FRONT, '(' .. int(now), '+inf') > 0
-local front = {[0] = chats, chats or call('ZCOUNT', FRONT, '-inf', '(' .. int(-now)) > 0}
+local places = call('ZCARD', FRONT) > 0
+local chats = places and call('ZCOUNT', FRONT, '(' .. int(now), '+inf') > 0
+local front = {[0] = chats, chats or places and call('ZCOUNT', FRONT, '-inf', '(' .. int(-now)) > 0}
 
 -- Whether rows are to let chats go first that others serve, who asked within the last seconds.
 local chatting = string.find(ARGV[11], '0', 1, true)
