@@ -88,8 +88,7 @@ class Pair:
             ),
         }
         self._alive: dict[str, subprocess.Popen[str]] = {}
-        self._before: dict[str, int] = {"worker": 0, "producer": 0}
-        self._cpu: dict[str, int] = {"worker": 0, "producer": 0}
+        self._cpu: dict[tuple[str, int], int] = {}  # us, by name and process
         self.peak_mb = 0.0
 
     def start(self, name: str) -> None:
@@ -103,20 +102,19 @@ class Pair:
         process.kill()
         process.wait()
         self._here.processes.end(process)
-        self._before[name] += self._cpu[name]
-        self._cpu[name] = 0
         self.start(name)
 
     def look(self) -> None:
         """Note what they have taken until now."""
         for name, process in self._alive.items():
-            self._cpu[name] = max(self._cpu[name], proc.cpu_us([process.pid]))
+            taken = self._cpu.get((name, process.pid), 0)
+            self._cpu[name, process.pid] = max(taken, proc.cpu_us([process.pid]))
             if name == "producer":
                 self.peak_mb = max(self.peak_mb, peak_mb(process.pid))
 
     def cpu_us(self, name: str) -> int:
         """Of all that had this name."""
-        return self._before[name] + self._cpu[name]
+        return sum(taken for (each, _), taken in self._cpu.items() if each == name)
 
     def written(self) -> int:
         """Bytes of output so far."""

@@ -32,7 +32,7 @@ class Valkey:
     def __init__(self, server: valkey.Valkey, core: int) -> None:
         proc.pin([server.pid], core)
         self.pid, self.url = server.pid, server.url
-        self.host, self.port = valkey.HOST, int(server.url.rpartition(":")[2].partition("/")[0])
+        self.host, self.port = valkey.HOST, server.port
         self.client = redis.Redis.from_url(server.url, decode_responses=True)
 
     def info(self) -> dict[str, Any]:

@@ -92,6 +92,11 @@ class Valkey:
         return f"unix://{self._socket}?db=0" if self._socket else f"redis://{HOST}:{self._port}/0"
 
     @property
+    def port(self) -> int:
+        """The one it listens on; 0 where that is a socket."""
+        return self._port or 0
+
+    @property
     def pid(self) -> int:
         """The server's process id; after `kill` or `stop` the one it had."""
         return self._running.pid

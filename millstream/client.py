@@ -22,6 +22,7 @@ from .calls import Call, T
 from .errors import JobNotFound, RedisUnavailable
 from .events import Event
 from .face import Face
+from .keys import text_of
 from .meters import Gauge
 from .reading import LISTEN, OUTAGE, RECONNECT, Following, Reading
 from .redis_door import COMMAND_TIMEOUT, PIPELINE, connect, translated
@@ -158,7 +159,7 @@ class Client(Face):
     def limits(self) -> Sequence[Gauge]:
         """The meters of all upstreams and models that workers limit or were limited by, as they are now."""
         with translated(self._url):
-            names = [each.decode("utf-8", "replace") for each in self.redis.zrange(self.keys.meters, 0, -1)]
+            names = [text_of(each) for each in self.redis.zrange(self.keys.meters, 0, -1)]
         found = self.run_many([meters.look(self.keys, name) for name in sorted(names)])
         return [each for each in found if each is not None]
 

@@ -36,6 +36,11 @@ LANES = ("interactive", "batch")
 DEFAULT_PREFIX = "millstream"
 
 
+def text_of(name: bytes) -> str:
+    """A name as Redis has it. Anybody may have written it there: one that is no text names nothing of ours."""
+    return name.decode("utf-8", "replace")
+
+
 @lru_cache(maxsize=1000)
 def _meter(prefix: str, name: str) -> tuple[str, ...]:
     keys = Keys(prefix)

@@ -28,10 +28,6 @@ def find_server() -> str | None:
 class Valkey(valkey.Valkey):
     """A server on a port of its own. `kill` is a crash, `restart` brings the same data back to the same address."""
 
-    @property
-    def port(self) -> int:
-        return int(self.url.rpartition(":")[2].partition("/")[0])
-
     def connect(self) -> redis.Redis:
         return redis.Redis(port=self.port)
 

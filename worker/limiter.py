@@ -19,7 +19,7 @@ from millstream import meters
 from millstream.calls import Call
 from millstream.errors import RedisUnavailable
 from millstream.job import Spec
-from millstream.keys import Keys
+from millstream.keys import Keys, text_of
 from millstream.meters import SLACK, UNUSED, Acquired, Leave, Meter, Place, Settlement
 
 from .estimate import answer_tokens, prompt_tokens
@@ -117,8 +117,8 @@ class Limiter:
     def note(self, now_ms: int, waiting: Sequence[tuple[bytes, float]], learned: Sequence[tuple[bytes, float]]) -> None:
         """What Redis says: meters with a line, by when their next job is due, and meters that upstreams limit (ms)."""
         here = self._now()
-        self._learned = {_text(name): here + (until - now_ms) / 1000 for name, until in learned if until > now_ms}
-        lines = [(_text(name), here + max(0.0, (at - now_ms) / 1000)) for name, at in waiting]
+        self._learned = {text_of(name): here + (until - now_ms) / 1000 for name, until in learned if until > now_ms}
+        lines = [(text_of(name), here + max(0.0, (at - now_ms) / 1000)) for name, at in waiting]
         self._lines.looked((name, due) for name, due in lines if self._ours(name))
 
     @property
@@ -253,11 +253,6 @@ class Limiter:
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
-
-
-def _text(name: bytes) -> str:
-    """A meter's name as Redis has it. One that somebody else wrote there, and that is no text, is nobody's meter."""
-    return name.decode("utf-8", "replace")
 
 
 def _scarce(count: meters.Count, limit: int) -> bool:

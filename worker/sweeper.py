@@ -20,7 +20,7 @@ from millstream.calls import patience_ms
 from millstream.delivery import job_of, queue_key
 from millstream.errors import RedisUnavailable
 from millstream.job import is_id
-from millstream.keys import LANES
+from millstream.keys import LANES, text_of
 
 EVERY: Final = 1.0
 BATCH: Final = 200
@@ -84,7 +84,7 @@ class Sweeper:
             pipe.hget(self._client.keys.state(job_id), "line")
         clock, waiting, *found = await pipe.execute(raise_on_error=False)
         served = self._served(clock, waiting)
-        named = [(job_id, _text(line)) for job_id, line in zip(due, found, strict=True) if isinstance(line, bytes)]
+        named = [(job_id, text_of(line)) for job_id, line in zip(due, found, strict=True) if isinstance(line, bytes)]
         return {job_id: line for job_id, line in named if line in served}
 
     def _served(self, clock: Any, waiting: Any) -> set[str]:
@@ -98,7 +98,7 @@ class Sweeper:
         settings, keys = self._client.settings, self._client.keys
         old = clock[0] * 1000 - patience_ms(settings.lease)
         names = [
-            name for name, at in ((_text(name), at) for name, at in waiting)
+            name for name, at in ((text_of(name), at) for name, at in waiting)
             if at > old or name.partition("/")[0] in self._upstreams
         ]  # fmt: skip
         return {keys.line(name, lane) for name in names for lane in LANES}
@@ -106,11 +106,6 @@ class Sweeper:
     async def _oldest(self, lane: str) -> int | None:
         """When the job at the head of a lane's queue was submitted (ms); None for an empty lane."""
         head = await self._client.redis.lindex(queue_key(self._client.keys, lane), 0)
-        job_id = job_of(head.decode("utf-8", "replace")) if head else None
+        job_id = job_of(text_of(head)) if head else None
         created = await self._client.redis.hget(self._client.keys.state(job_id), "created") if job_id else None
         return int(created) if created and created.isdigit() else None
-
-
-def _text(name: bytes) -> str:
-    """A name in Redis, which anybody may have written there."""
-    return name.decode("utf-8", "replace")

@@ -68,6 +68,7 @@ local function leave(lane, member)
   heads[lane] = nil
   m.behind = m.behind - tokens_of(member)
   want = want - 1
+  return delivery
 end
 local function head(lane)
   while want > 0 and not heads[lane] and waits[lane] > 0 and string.find(ARGV[11], lane, 1, true) do
@@ -140,9 +141,9 @@ while want > 0 do
   if stepping then
     m.step = max(step, now - max(TURN, TOGETHER - gap)) -- who comes late is not late for ever
   end
-  leave(lane, member)
+  local delivery = leave(lane, member)
   m.streak = lane == 0 and waits[1] > 0 and m.streak + 1 or 0
-  grant(string.match(member, '^(.*):%d+$'), lane, tokens, lease)
+  grant(delivery, lane, tokens, lease)
   granted[#granted + 1] = member
 end
 

@@ -122,3 +122,25 @@ def sent(request: pytest.FixtureRequest, client: Client) -> Hands:
 def kind(request: pytest.FixtureRequest) -> str:
     """Which of the two clients."""
     return str(request.param)
+
+
+class Clock:
+    """What the fake server takes for the time."""
+
+    def __init__(self) -> None:
+        self.now = 1_800_000_000.0
+
+    def time(self) -> float:
+        return self.now
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(time, name)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The server's clock, in the test's hand."""
+    made = Clock()
+    for module in ("commands_mixins.server_mixin", "_helpers", "_socket._base"):
+        monkeypatch.setattr(f"fakeredis.{module}.time", made)
+    return made

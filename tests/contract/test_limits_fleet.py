@@ -31,11 +31,10 @@ from millstream.meters import (
     settle,
 )
 from millstream.testing import fake_client
+from tests.contract.conftest import Clock
 from tests.contract.test_limits import INTERMEDIATE, LANES
-from tests.contract.test_limits_window import Clock, Upstream, clock
+from tests.contract.test_limits_window import Upstream
 from worker.lines import Lines
-
-__all__ = ["clock"]
 
 METER: Final = "up/m"
 LEASE: Final = 15.0

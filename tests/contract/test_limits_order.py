@@ -25,11 +25,8 @@ from millstream.meters import (
     settle,
 )
 from millstream.testing import fake_client
-from tests.contract.conftest import Hands
+from tests.contract.conftest import Clock, Hands
 from tests.contract.test_limits import INTERMEDIATE, LANES, Desk
-from tests.contract.test_limits_window import Clock, clock
-
-__all__ = ["clock"]
 
 LIMITS: Final = Limits(requests=240)
 GAP: Final = WINDOW / 6 / 60

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Final
@@ -29,32 +28,11 @@ from millstream.meters import (
     settle,
 )
 from millstream.testing import fake_client
+from tests.contract.conftest import Clock
 
 SLOT: Final = WINDOW / 120
 
 _NUMBERS: Final = itertools.count(1)
-
-
-class Clock:
-    """What the fake server takes for the time."""
-
-    def __init__(self) -> None:
-        self.now = 1_800_000_000.0
-
-    def time(self) -> float:
-        return self.now
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(time, name)
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """The server's clock, in the test's hand."""
-    made = Clock()
-    for module in ("commands_mixins.server_mixin", "_helpers", "_socket._base"):
-        monkeypatch.setattr(f"fakeredis.{module}.time", made)
-    return made
 
 
 @dataclass

@@ -86,7 +86,7 @@ def test_servers_started_at_once_are_all_their_own() -> None:
 def test_a_port_taken_by_redis_is_an_error_that_says_so() -> None:
     """One line that names the port, what answers there and what to do."""
     with Valkey.start() as first:
-        port = int(first.url.removesuffix("/0").rpartition(":")[2])
+        port = first.port
         with pytest.raises(PortTaken) as caught:
             Valkey.start(port=port)
         with connect(first) as client:

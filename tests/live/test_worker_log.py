@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,16 @@ from tests.worker_process import PATIENCE, environment, wait_until
 from tests.world import World
 
 
-def _worker(world: World, stderr: int) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-m", "worker"], cwd=ROOT, env=environment(world.environ), stderr=stderr)
+@contextmanager
+def _worker(world: World, stderr: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A worker that writes there, alone, and is gone afterwards."""
+    command = [sys.executable, "-m", "worker"]
+    with subprocess.Popen(command, cwd=ROOT, env=environment(world.environ), stderr=stderr) as worker:
+        os.close(stderr)
+        try:
+            yield worker
+        finally:
+            worker.kill()
 
 
 def _ends_in_order(world: World, worker: subprocess.Popen[bytes]) -> None:
@@ -37,31 +47,20 @@ def _ends_in_order(world: World, worker: subprocess.Popen[bytes]) -> None:
 def test_a_worker_whose_log_nobody_reads_works_on(world: World) -> None:
     """`millstream-worker 2>&1 | head -1`: a lost log costs log lines only."""
     reader, writer = os.pipe()
-    worker = _worker(world, writer)
-    try:
-        os.close(writer)
+    with _worker(world, writer) as worker:
         assert b"worker.ready" in os.read(reader, 65_536)
         os.close(reader)
         _ends_in_order(world, worker)
-    finally:
-        worker.kill()
-        worker.wait()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_a_worker_whose_log_disk_is_full_works_on(world: World) -> None:
     """Every write fails."""
-    full = os.open("/dev/full", os.O_WRONLY)
-    worker = _worker(world, full)
-    try:
-        os.close(full)
+    with _worker(world, os.open("/dev/full", os.O_WRONLY)) as worker:
         for number in range(3):
             world.check_text(world.submit(f"unheard {number}"), f"unheard {number}")
         worker.terminate()
         worker.wait(PATIENCE)
-    finally:
-        worker.kill()
-        worker.wait()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -69,13 +68,11 @@ def test_a_signal_during_the_start_ends_it_in_silence(world: World, number: sign
     """At any moment from its first line of code: the status is the signal's, or that of an end in order."""
     for trial in range(6):
         reader, writer = os.pipe()
-        worker = _worker(world, writer)
-        os.close(writer)
-        wait_until(partial(_handles_signals, worker.pid), "it handles signals")  # before that, it is Python that starts
-        time.sleep(0.05 * (trial + seed % 10 / 10))
-        worker.send_signal(number)
-        assert worker.wait(PATIENCE) in (0, 128 + number)
-        with os.fdopen(reader) as said:
+        with _worker(world, writer) as worker, os.fdopen(reader) as said:
+            wait_until(partial(_handles_signals, worker.pid), "it handles signals")  # before, it is Python that starts
+            time.sleep(0.05 * (trial + seed % 10 / 10))
+            worker.send_signal(number)
+            assert worker.wait(PATIENCE) in (0, 128 + number)
             assert all(json.loads(line)["event"].startswith("worker.") for line in said)
 
 
@@ -86,24 +83,15 @@ def _handles_signals(pid: int) -> bool:
     return bool(caught >> (signal.SIGTERM - 1) & 1)
 
 
-def test_what_libraries_say_is_json_too(world: World, valkey: Valkey) -> None:
+def test_what_libraries_say_is_json_too(world: World) -> None:
     """RQ complains in its own words while Redis is away; a reader of the log meets objects only."""
-    own = Valkey.start()
-    try:
+    with Valkey.start() as own:
         world.environ["REDIS_URL"] = own.url
         reader, writer = os.pipe()
-        worker = _worker(world, writer)
-        os.close(writer)
-        with os.fdopen(reader) as said:
+        with _worker(world, writer), os.fdopen(reader) as said:
             assert json.loads(said.readline())["event"] == "worker.ready"
             own.kill()
             lines: list[dict[str, Any]] = []
             while not any("logger" in line for line in lines):
                 lines.append(json.loads(said.readline()))
-            worker.kill()
-            worker.wait()
         assert next(line for line in lines if "logger" in line)["logger"].startswith("rq")
-    finally:
-        worker.kill()
-        worker.wait()
-        own.close()
