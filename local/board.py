@@ -45,7 +45,7 @@ class Row:
         elif isinstance(event, Resumed):
             self.status = "in_progress"
         elif isinstance(event, Retrying):
-            self.status = f"asks again in {event.delay:.0f} s"
+            self.status = f"asks again in {event.delay:.0f} s ({event.error.get('code')})"
         elif isinstance(event, Terminal):
             self.status, self.ended, self.seconds = event.type, True, elapsed
 
@@ -101,6 +101,8 @@ class PlainLines:
         if isinstance(event, Started) and event.attempt > 1:
             self._rest = ""
             return self._labelled([f"-- starts again ({event.reason}): the text above is void --"])
+        if isinstance(event, Retrying):
+            return self._labelled([f"-- asks again in {event.delay:.0f} s: {event.error.get('message')} --"])
         if isinstance(event, Terminal):
             rest, self._rest = self._rest, ""
             return self._labelled([rest] if rest.strip() else [])

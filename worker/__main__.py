@@ -67,6 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         log_lines.configure(settings.log)
         for name, meant in misspelled(os.environ):
             log.warning("settings.unknown", variable=name, meant=meant)
+        for upstream in upstreams:
+            if upstream.has_no_credentials:
+                variable = "OPENAI_API_KEY" if settings.upstreams is None else "api_key_env"
+                log.warning("upstream.no_key", upstream=upstream.name, remedy=f"set {variable} if it asks for one")
         connection = connect(settings.redis_url)
         redis_checks.check(connection, settings)
         lanes = dict.fromkeys(asked.lane or LANES)

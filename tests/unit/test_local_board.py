@@ -50,11 +50,11 @@ def test_a_row_says_what_its_job_is_doing() -> None:
     """The status follows the events, and the terminal one ends the row with its time."""
     row = Row("job", "A prompt")
     seen = [row.status]
-    for event in (started(1), Retrying(seq=2, attempt=1, at=1.0, delay=3.2), chunk(3, "x")):
+    for event in (started(1), Retrying(seq=2, attempt=1, at=1.0, delay=3.2, error={"code": "down"}), chunk(3, "x")):
         row.feed(event, elapsed=1.0)
         seen.append(row.status)
     row.feed(Completed(seq=4, attempt=1, at=2.0), elapsed=2.5)
-    assert seen == ["queued", "in_progress", "asks again in 3 s", "in_progress"]
+    assert seen == ["queued", "in_progress", "asks again in 3 s (down)", "in_progress"]
     assert (row.status, row.ended, row.seconds) == ("completed", True, 2.5)
 
 
@@ -108,6 +108,13 @@ def test_plain_lines_say_when_the_text_above_is_void() -> None:
         "[1] -- starts again (worker_lost): the text above is void --"
     ]
     assert lines.feed(chunk(4, "whole\n", attempt=2)) == ["[1] whole"]
+
+
+def test_plain_lines_say_why_nothing_comes() -> None:
+    """An upstream that is down is named while the demo waits for it."""
+    error = {"code": "connect_failed", "message": "no\x1bbody listens"}
+    asked_again = Retrying(seq=2, attempt=1, at=1.0, delay=3.2, error=error)
+    assert PlainLines("[1]").feed(asked_again) == ["[1] -- asks again in 3 s: no\\x1bbody listens --"]
 
 
 def test_the_outcome_says_whether_what_was_seen_is_what_was_kept() -> None:

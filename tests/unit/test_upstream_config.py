@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from millstream import Settings, SettingsError
 from millstream.meters import Limits
-from worker.upstream.config import FIELDS, load, parse
+from worker.upstream.config import FIELDS, UpstreamSettings, load, parse
 
 ENVIRON = {"A_KEY": "sk-canary-0123456789", "EMPTY": " ", "BROKEN": "one\nX-Evil: two"}
 
@@ -87,6 +88,21 @@ def test_a_model_is_served_by_name_pattern_or_alias() -> None:
 def test_the_key_is_shown_by_no_repr() -> None:
     """Settings are printed and logged by people who debug."""
     assert "canary" not in repr(upstreams())
+
+
+@pytest.mark.parametrize(
+    ("more", "lacks"),
+    [
+        ({}, True),
+        ({"api_key": "k"}, False),
+        ({"headers": {"x-api-key": "k"}}, False),
+        ({"query": {"api-version": "1"}}, True),
+        ({"base_url": "http://127.0.0.1:8080/v1"}, False),
+    ],
+)
+def test_an_upstream_that_was_given_no_key_is_known(more: dict[str, Any], lacks: bool) -> None:
+    """Over https with neither key nor header it will refuse; a server on this machine asks for none."""
+    assert UpstreamSettings(**{"name": "x", "base_url": "https://api.example/v1", **more}).has_no_credentials is lacks
 
 
 def test_without_a_file_there_is_the_one_of_the_environment() -> None:

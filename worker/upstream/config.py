@@ -57,6 +57,11 @@ class UpstreamSettings:
     foreign: bool = True
     """Whether it was named in the file: variables for OpenAI alone (organization, project) are then none of its."""
 
+    @property
+    def has_no_credentials(self) -> bool:
+        """Whether it is asked over the internet with nothing that says who asks: hardly any answers then."""
+        return self.base_url.startswith("https:") and self.api_key is None and not self.headers
+
     def serves(self, model: str) -> bool:
         """Whether a job that names this model may be sent here."""
         return model in self.aliases or any(fnmatchcase(model, pattern) for pattern in self.models)
