@@ -11,7 +11,7 @@ pip := $(python) -m pip --disable-pip-version-check --no-input --quiet
 locks := requirements.txt requirements-dev.txt requirements-model.txt
 installed := $(venv)/.installed
 # What is linted and typed: the rooms that exist.
-rooms := $(wildcard millstream worker producer gateway local bench tests)
+rooms := $(wildcard millstream worker producer local bench tests)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo up test check format bench bench-quick bench-batch soak lock image clean right-python

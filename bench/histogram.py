@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterable
 
 _SUB_BITS = 6
-_SUB = 1 << _SUB_BITS
 
 
 def _bucket(value: int) -> int:

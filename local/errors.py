@@ -16,19 +16,19 @@ class LocalError(Exception):
     """Base of every error raised by this room."""
 
 
-class Missing(LocalError):  # noqa: N818 - a state of the machine, said as one
+class Missing(LocalError):
     """Something that has to be installed is not."""
 
 
-class PortTaken(LocalError):  # noqa: N818
+class PortTaken(LocalError):
     """The port that was asked for cannot be listened on."""
 
 
-class FolderTaken(LocalError):  # noqa: N818
+class FolderTaken(LocalError):
     """The data folder belongs to another process."""
 
 
-class PartFailed(LocalError):  # noqa: N818
+class PartFailed(LocalError):
     """A part cannot run."""
 
     def __init__(self, what: str, log_tail: str = "") -> None:

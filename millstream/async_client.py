@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from types import TracebackType
@@ -26,14 +25,12 @@ from .events import Event
 from .face import Face
 from .keys import text_of
 from .meters import Gauge
-from .reading import LISTEN, OUTAGE, RECONNECT, Following, Reading
+from .outage import RECONNECT, Outage
+from .reading import LISTEN, Following, Reading
 from .redis_door import COMMAND_TIMEOUT, PIPELINE, connect_async, translated
 from .result import Ended, Job, Narrator, OnContent, OnRestart, Result, outcome, raise_for_end
 from .status import Status
 from .transcript import Transcript
-
-log = logging.getLogger("millstream")
-"""Says once per outage that a follower waits; with no handler set, Python shows it on stderr."""
 
 
 class AsyncClient(Face):
@@ -82,11 +79,17 @@ class AsyncClient(Face):
         return [Job(id=job_id, created=new) for job_id, new in zip(ids, await self.run_many(wanted), strict=True)]
 
     async def cancel(self, job_id: str) -> str:
-        """End a job in whatever state; returns the status it has now: the first terminal event wins."""
+        """End a job in whatever state; returns the status it has now: the first terminal event wins.
+
+        Raises JobNotFound, RedisUnavailable.
+        """
         return await self.run(calls.cancel(self.keys, job.check_id(job_id)))
 
     async def forget(self, job_id: str) -> None:
-        """Let Redis drop an ended job in a minute; who still reads it can finish."""
+        """Let Redis drop an ended job in a minute; who still reads it can finish.
+
+        Raises JobNotFound, MillstreamError for a job that has not ended, RedisUnavailable.
+        """
         await self.run(calls.forget(self.keys, job.check_id(job_id)))
 
     # A batch -----------------------------------------------------------------------------------------------------
@@ -149,11 +152,14 @@ class AsyncClient(Face):
         return found[0]
 
     async def list(self, state: str | None = None, *, limit: int = 100) -> Sequence[Status]:
-        """Open jobs, then ended ones with the newest first; `state` keeps one status."""
+        """Open jobs, then ended ones with the newest first, at most `limit`. `state` keeps those of one status; of the
+        ended ones the newest 10 x `limit` are looked at. Raises RedisUnavailable.
+        """
         with translated(self._url):
-            open_ids = [each.decode() for each in await self.redis.zrange(self.keys.open, 0, -1)]
+            members = await self.redis.zrange(self.keys.open, 0, -1)
             feed = await self.redis.xrevrange(self.keys.ended, count=10 * limit)
-        ids = dict.fromkeys([*open_ids, *(fields[b"id"].decode() for _, fields in feed)])
+        names = [*members, *(fields.get(b"id", b"") for _, fields in feed)]
+        ids = dict.fromkeys(each.decode() for each in names if job.is_id(each))
         found: list[Status] = []
         for start in range(0, len(ids), 500):
             found += [
@@ -191,7 +197,7 @@ class AsyncClient(Face):
         """Call `on_content(text)` with every piece as it comes, and return the whole final text.
 
         `on_restart(attempt, reason)` comes before new text when the text so far is void. With `after`, the text begins
-        above that seq. Raises JobFailed, JobCancelled.
+        above that seq. Raises JobFailed, JobCancelled, and what `follow` raises.
         """
         narrator = Narrator(on_content, on_restart, shown=after > 0)
         async with aclosing(self.follow(job_id, after)) as events:  # a callback may raise
@@ -203,7 +209,7 @@ class AsyncClient(Face):
     async def result(self, job_id: str, timeout: float | None = None) -> Result:
         """Wait for the end, at most `timeout` seconds, and return the answer; `completed` and `incomplete` alike.
 
-        Raises JobFailed, JobCancelled, ResultTimeout (a TimeoutError).
+        Raises JobFailed, JobCancelled, ResultTimeout (a TimeoutError), and what `follow` raises.
         """
         found = await self.outcome(job_id, timeout)
         raise_for_end(job_id, found[1])
@@ -218,17 +224,28 @@ class AsyncClient(Face):
         return outcome(job_id, transcript), transcript
 
     async def ended(self, after: str | None = None) -> AsyncGenerator[Ended]:
-        """Every job as it ends, for ever: from now on, or after a cursor an earlier entry gave ("0" = all kept)."""
-        cursor = after
+        """Every job as it ends, for ever: from now on, or after a cursor an earlier entry gave ("0" = all kept).
+
+        Outlasts a server that goes away for OUTAGE seconds, then raises RedisUnavailable. The feed keeps about the last
+        100,000 endings: who was away for longer misses some without a sign, and looks at its jobs by `status`.
+        """
+        cursor, outage = after, Outage(self._clock)
         while True:
-            with translated(self._url):
-                if cursor is None:
-                    newest = await self.redis.xrevrange(self.keys.ended, count=1)
-                    cursor = newest[0][0].decode() if newest else "0"
-                found = await self.redis.xread({self.keys.ended: cursor}, count=1000, block=int(LISTEN * 1000))
-            for entry_id, fields in found[0][1] if found else ():
-                cursor = entry_id.decode()
-                yield Ended(id=fields[b"id"].decode(), status=fields[b"status"].decode(), cursor=cursor)
+            try:
+                with translated(self._url):
+                    if cursor is None:
+                        newest = await self.redis.xrevrange(self.keys.ended, count=1)
+                        cursor = newest[0][0].decode() if newest else "0"
+                    found = await self.redis.xread({self.keys.ended: cursor}, count=1000, block=int(LISTEN * 1000))
+            except RedisUnavailable as error:
+                outage.outlast(error)
+                await asyncio.sleep(RECONNECT)
+                continue
+            outage.answered()
+            for entry in found[0][1] if found else ():
+                ended = Ended.of(*entry)
+                cursor = ended.cursor
+                yield ended
 
     # The shell around the decisions ------------------------------------------------------------------------------
 
@@ -295,22 +312,19 @@ class AsyncClient(Face):
         while due := following.due():  # what has ended already needs no subscription
             for each in following.read(due[0], await self._page(due[0])):
                 yield each
-        answered, away = self._clock(), False
+        outage = Outage(self._clock, until)
+        outage.answered()
         while following.open:
             try:
                 async with self._subscribed(following.open) as pubsub:
                     following.reconnected()
                     while following.open and not following.deaf:
                         batch = await self._next(pubsub, following, until)
-                        answered, away = self._clock(), False
+                        outage.answered()
                         for each in batch:
                             yield each
             except RedisUnavailable as error:
-                if self._clock() - answered > OUTAGE or (until is not None and self._clock() >= until):
-                    raise
-                if not away:
-                    log.warning("%s; following goes on when it is back", error)
-                away = True
+                outage.outlast(error)
                 await asyncio.sleep(RECONNECT)
 
     async def _next(self, pubsub: PubSub, following: Following, until: float | None) -> Sequence[tuple[str, Event]]:

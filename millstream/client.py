@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,14 +23,12 @@ from .events import Event
 from .face import Face
 from .keys import text_of
 from .meters import Gauge
-from .reading import LISTEN, OUTAGE, RECONNECT, Following, Reading
+from .outage import RECONNECT, Outage
+from .reading import LISTEN, Following, Reading
 from .redis_door import COMMAND_TIMEOUT, PIPELINE, connect, translated
 from .result import Ended, Job, Narrator, OnContent, OnRestart, Result, outcome, raise_for_end
 from .status import Status
 from .transcript import Transcript
-
-log = logging.getLogger("millstream")
-"""Says once per outage that a follower waits; with no handler set, Python shows it on stderr."""
 
 
 class Client(Face):
@@ -80,11 +77,17 @@ class Client(Face):
         return [Job(id=job_id, created=new) for job_id, new in zip(ids, self.run_many(wanted), strict=True)]
 
     def cancel(self, job_id: str) -> str:
-        """End a job in whatever state; returns the status it has now: the first terminal event wins."""
+        """End a job in whatever state; returns the status it has now: the first terminal event wins.
+
+        Raises JobNotFound, RedisUnavailable.
+        """
         return self.run(calls.cancel(self.keys, job.check_id(job_id)))
 
     def forget(self, job_id: str) -> None:
-        """Let Redis drop an ended job in a minute; who still reads it can finish."""
+        """Let Redis drop an ended job in a minute; who still reads it can finish.
+
+        Raises JobNotFound, MillstreamError for a job that has not ended, RedisUnavailable.
+        """
         self.run(calls.forget(self.keys, job.check_id(job_id)))
 
     # A batch -----------------------------------------------------------------------------------------------------
@@ -144,11 +147,14 @@ class Client(Face):
         return found[0]
 
     def list(self, state: str | None = None, *, limit: int = 100) -> Sequence[Status]:
-        """Open jobs, then ended ones with the newest first; `state` keeps one status."""
+        """Open jobs, then ended ones with the newest first, at most `limit`. `state` keeps those of one status; of the
+        ended ones the newest 10 x `limit` are looked at. Raises RedisUnavailable.
+        """
         with translated(self._url):
-            open_ids = [each.decode() for each in self.redis.zrange(self.keys.open, 0, -1)]
+            members = self.redis.zrange(self.keys.open, 0, -1)
             feed = self.redis.xrevrange(self.keys.ended, count=10 * limit)
-        ids = dict.fromkeys([*open_ids, *(fields[b"id"].decode() for _, fields in feed)])
+        names = [*members, *(fields.get(b"id", b"") for _, fields in feed)]
+        ids = dict.fromkeys(each.decode() for each in names if job.is_id(each))
         found: list[Status] = []
         for start in range(0, len(ids), 500):
             found += [each for each in self._statuses(list(ids)[start : start + 500]) if state in (None, each.status)]
@@ -181,7 +187,7 @@ class Client(Face):
         """Call `on_content(text)` with every piece as it comes, and return the whole final text.
 
         `on_restart(attempt, reason)` comes before new text when the text so far is void. With `after`, the text begins
-        above that seq. Raises JobFailed, JobCancelled.
+        above that seq. Raises JobFailed, JobCancelled, and what `follow` raises.
         """
         narrator = Narrator(on_content, on_restart, shown=after > 0)
         for event in self.follow(job_id, after):
@@ -192,7 +198,7 @@ class Client(Face):
     def result(self, job_id: str, timeout: float | None = None) -> Result:
         """Wait for the end, at most `timeout` seconds, and return the answer; `completed` and `incomplete` alike.
 
-        Raises JobFailed, JobCancelled, ResultTimeout (a TimeoutError).
+        Raises JobFailed, JobCancelled, ResultTimeout (a TimeoutError), and what `follow` raises.
         """
         found = self.outcome(job_id, timeout)
         raise_for_end(job_id, found[1])
@@ -207,17 +213,28 @@ class Client(Face):
         return outcome(job_id, transcript), transcript
 
     def ended(self, after: str | None = None) -> Iterator[Ended]:
-        """Every job as it ends, for ever: from now on, or after a cursor an earlier entry gave ("0" = all kept)."""
-        cursor = after
+        """Every job as it ends, for ever: from now on, or after a cursor an earlier entry gave ("0" = all kept).
+
+        Outlasts a server that goes away for OUTAGE seconds, then raises RedisUnavailable. The feed keeps about the last
+        100,000 endings: who was away for longer misses some without a sign, and looks at its jobs by `status`.
+        """
+        cursor, outage = after, Outage(self._clock)
         while True:
-            with translated(self._url):
-                if cursor is None:
-                    newest = self.redis.xrevrange(self.keys.ended, count=1)
-                    cursor = newest[0][0].decode() if newest else "0"
-                found = self.redis.xread({self.keys.ended: cursor}, count=1000, block=int(LISTEN * 1000))
-            for entry_id, fields in found[0][1] if found else ():
-                cursor = entry_id.decode()
-                yield Ended(id=fields[b"id"].decode(), status=fields[b"status"].decode(), cursor=cursor)
+            try:
+                with translated(self._url):
+                    if cursor is None:
+                        newest = self.redis.xrevrange(self.keys.ended, count=1)
+                        cursor = newest[0][0].decode() if newest else "0"
+                    found = self.redis.xread({self.keys.ended: cursor}, count=1000, block=int(LISTEN * 1000))
+            except RedisUnavailable as error:
+                outage.outlast(error)
+                time.sleep(RECONNECT)
+                continue
+            outage.answered()
+            for entry in found[0][1] if found else ():
+                ended = Ended.of(*entry)
+                cursor = ended.cursor
+                yield ended
 
     # The shell around the decisions ------------------------------------------------------------------------------
 
@@ -283,21 +300,18 @@ class Client(Face):
         until = None if timeout is None else self._clock() + timeout
         while due := following.due():  # what has ended already needs no subscription
             yield from following.read(due[0], self._page(due[0]))
-        answered, away = self._clock(), False
+        outage = Outage(self._clock, until)
+        outage.answered()
         while following.open:
             try:
                 with self._subscribed(following.open) as pubsub:
                     following.reconnected()
                     while following.open and not following.deaf:
                         batch = self._next(pubsub, following, until)
-                        answered, away = self._clock(), False
+                        outage.answered()
                         yield from batch
             except RedisUnavailable as error:
-                if self._clock() - answered > OUTAGE or (until is not None and self._clock() >= until):
-                    raise
-                if not away:
-                    log.warning("%s; following goes on when it is back", error)
-                away = True
+                outage.outlast(error)
                 time.sleep(RECONNECT)
 
     def _next(self, pubsub: PubSub, following: Following, until: float | None) -> Sequence[tuple[str, Event]]:

@@ -33,7 +33,7 @@ class SpecError(MillstreamError, ValueError):
     """A job was refused before anything was written; the message names the field."""
 
 
-class RedisUnavailable(MillstreamError):  # noqa: N818 - a state of the world, said as one
+class RedisUnavailable(MillstreamError):
     """Redis could not be reached, or answered that it cannot serve now."""
 
 
@@ -56,7 +56,7 @@ def _restored(kind: type[JobError], args: tuple[Any, ...], fields: dict[str, Any
     return error
 
 
-class JobNotFound(JobError):  # noqa: N818
+class JobNotFound(JobError):
     """No job has this id."""
 
     def __init__(self, job_id: str) -> None:
@@ -65,7 +65,7 @@ class JobNotFound(JobError):  # noqa: N818
         )
 
 
-class JobExists(JobError):  # noqa: N818
+class JobExists(JobError):
     """The id belongs to a job with a different spec."""
 
     def __init__(self, job_id: str) -> None:
@@ -74,7 +74,7 @@ class JobExists(JobError):  # noqa: N818
         )
 
 
-class JobExpired(JobError):  # noqa: N818
+class JobExpired(JobError):
     """The job was there while this consumer looked, and is gone or incomplete now."""
 
     def __init__(self, job_id: str) -> None:
@@ -85,7 +85,7 @@ class JobExpired(JobError):  # noqa: N818
         )
 
 
-class LogRewound(JobError):  # noqa: N818
+class LogRewound(JobError):
     """Redis lost the end of a log; what was read and what is there now differ."""
 
     def __init__(self, job_id: str, seen: int, found: int) -> None:
@@ -97,7 +97,7 @@ class LogRewound(JobError):  # noqa: N818
         )
 
 
-class JobFailed(JobError):  # noqa: N818
+class JobFailed(JobError):
     """The job ended as `failed`; `code` is the reason in one word."""
 
     def __init__(self, job_id: str, code: str, message: str) -> None:
@@ -106,14 +106,14 @@ class JobFailed(JobError):  # noqa: N818
         self.reason = message
 
 
-class JobCancelled(JobError):  # noqa: N818
+class JobCancelled(JobError):
     """The job ended as `cancelled`."""
 
     def __init__(self, job_id: str) -> None:
         super().__init__(job_id, f"job {job_id!r} was cancelled; its partial text can still be followed")
 
 
-class ResultTimeout(JobError, TimeoutError):  # noqa: N818
+class ResultTimeout(JobError, TimeoutError):
     """The job did not end in the time that was given; it is still open."""
 
     def __init__(self, job_id: str, seconds: float) -> None:

@@ -34,7 +34,10 @@ _encoder = msgspec.json.Encoder(order="deterministic")
 
 
 class Spec(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """What the producer asked for. Times are seconds; None means the worker's own setting."""
+    """What the producer asked for. Times are seconds.
+
+    None means the setting: of the worker for `timeout`, of whoever submits for `max_attempts` and `retention`.
+    """
 
     model: str
     messages: list[dict[str, Any]]
@@ -122,7 +125,7 @@ def parse(body: bytes) -> Spec:
 def check(spec: Spec) -> Spec:
     """The spec itself, or SpecError."""
     if not isinstance(spec.model, str) or not 0 < len(spec.model) <= 256 or not spec.model.isprintable():
-        raise SpecError("model: expected a name of 1 to 256 printable characters")
+        raise SpecError(f"model: found {_shown(spec.model)}, expected a name of 1 to 256 printable characters")
     if spec.lane not in LANES:
         raise SpecError(f"lane: found {spec.lane!r}, expected one of {', '.join(LANES)}")
     if spec.on_break not in ON_BREAK:
@@ -159,7 +162,8 @@ def _check_messages(messages: list[dict[str, Any]]) -> None:
 
 def _check_metadata(metadata: Any) -> None:
     if not isinstance(metadata, dict) or len(metadata) > MAX_METADATA:
-        raise SpecError(f"metadata: expected at most {MAX_METADATA} pairs of text")
+        found = f"{len(metadata)} pairs" if isinstance(metadata, dict) else type(metadata).__name__
+        raise SpecError(f"metadata: found {found}, expected at most {MAX_METADATA} pairs of text")
     for name, value in metadata.items():
         if not (isinstance(name, str) and isinstance(value, str) and 0 < len(name) <= 64 and len(value) <= 512):
             raise SpecError(

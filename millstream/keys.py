@@ -119,6 +119,10 @@ class Keys:
         """The RQ queue's name (RQ adds its own `rq:queue:` in front)."""
         return f"{self.prefix}-{lane}"
 
+    def lane_of(self, queue: str) -> str:
+        """The lane of such a queue."""
+        return queue.removeprefix(f"{self.prefix}-")
+
     def job_of(self, channel: str) -> str:
         """The job id in the name of one of its keys or its channel."""
         return channel[len(self.prefix) + 2 : channel.rindex("}")]

@@ -21,12 +21,6 @@ from .events import TERMINAL_STATUSES, AnyEvent, Event, Started, Terminal, decod
 SILENCE: Final = 15.0
 """Seconds without a message of a job until its log is read again: a lost terminal event is noticed by then."""
 
-OUTAGE: Final = 300.0
-"""Seconds a follower outlasts a Redis that went away while it followed."""
-
-RECONNECT: Final = 0.25
-"""Seconds between its tries, beyond those of the connection itself."""
-
 LISTEN: Final = 2.0
 """Longest wait inside one read of a subscription or feed, below the socket's own timeout."""
 

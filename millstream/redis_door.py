@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -178,8 +178,3 @@ def words(error: redis.exceptions.RedisError, url: str) -> str:
 def _code(error: redis.exceptions.RedisError) -> str:
     """The word an error reply begins with, which redis-py leaves out of some messages."""
     return str(error).split(" ", 1)[0] if error.status_code is None else str(error.status_code)
-
-
-def split_pairs(reply: Sequence[bytes]) -> dict[bytes, bytes]:
-    """A flat reply of field, value, field, value as a dict."""
-    return dict(zip(reply[::2], reply[1::2], strict=True))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Self
 
 from msgspec import Struct
 
 from .errors import JobCancelled, JobFailed
 from .events import AnyEvent, Cancelled, Chunk, Failed, Started
+from .keys import text_of
 from .transcript import Transcript
 
 OnContent = Callable[[str], object]
@@ -28,6 +29,11 @@ class Ended(Struct, frozen=True, kw_only=True):
     id: str
     status: str
     cursor: str
+
+    @classmethod
+    def of(cls, entry_id: bytes, fields: Mapping[bytes, bytes]) -> Self:
+        """An entry as the feed has it."""
+        return cls(id=text_of(fields[b"id"]), status=text_of(fields[b"status"]), cursor=entry_id.decode())
 
 
 class Result(Struct, frozen=True, kw_only=True):

@@ -131,7 +131,9 @@ class Settings:
     prefix: str = _setting(PREFIX_VARIABLE + "PREFIX", _prefix, DEFAULT_PREFIX, "first part of every name in Redis")
     model: str = _setting(PREFIX_VARIABLE + "MODEL", str, "gpt-4o-mini", "model of jobs that name none")
     streams: int = _setting(PREFIX_VARIABLE + "STREAMS", _whole(1, 10_000), 200, "jobs one worker runs at once")
-    lease: float = _setting(PREFIX_VARIABLE + "LEASE", _number(0.5, 3600, "seconds"), 15.0, "a worker's right to a job")
+    lease: float = _setting(
+        PREFIX_VARIABLE + "LEASE", _number(0.5, 3600, "seconds"), 15.0, "until a silent worker's job goes to another"
+    )
     max_attempts: int = _setting(
         PREFIX_VARIABLE + "MAX_ATTEMPTS", _whole(1, 100), 3, "broken or lost attempts until a job fails"
     )

@@ -42,7 +42,7 @@ class Status(Struct, frozen=True, kw_only=True):
 
 
 def from_hash(job_id: str, fields: Mapping[bytes, bytes], metadata: dict[str, str] | None = None) -> Status:
-    """Read the state hash."""
+    """Read the state hash. Raises KeyError, ValueError or the like for one that Millstream did not write."""
 
     def number(name: bytes) -> int:
         return int(fields.get(name) or 0)
@@ -76,11 +76,18 @@ def from_hash(job_id: str, fields: Mapping[bytes, bytes], metadata: dict[str, st
 
 
 def from_replies(job_ids: Sequence[str], replies: Sequence[Any]) -> list[Status]:
-    """The jobs that are there, from the replies of HGETALL state and GET spec for each."""
+    """The jobs that are there, from the replies of HGETALL state and GET spec for each.
+
+    A state that somebody else wrote over is left out: it must not hide the other jobs.
+    """
     found = []
     for job_id, fields, spec in zip(job_ids, replies[::2], replies[1::2], strict=True):
-        if isinstance(fields, dict) and fields:  # not the error of a key that somebody made another type
+        if not (isinstance(fields, dict) and fields):  # the error of a key that was made another type
+            continue
+        try:
             found.append(from_hash(job_id, fields, _metadata_in(spec) if isinstance(spec, bytes) else None))
+        except (KeyError, ValueError, TypeError, AttributeError, RecursionError, msgspec.MsgspecError):
+            continue
     return found
 
 

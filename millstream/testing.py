@@ -47,21 +47,30 @@ class ManualClock:
         self.now += seconds
 
 
+def _fakeredis() -> Any:
+    """The package, which those want who test, not those who run. Raises MillstreamError where it is missing."""
+    try:
+        import fakeredis
+    except ImportError:
+        raise MillstreamError(
+            "millstream.testing needs fakeredis with Lua: pip install 'millstream[testing]'"
+        ) from None
+    return fakeredis
+
+
 def fake_client(settings: Settings | None = None, *, server: Any = None, **options: Any) -> Client:
     """A client on an in-process fake of Redis. Needs `fakeredis[lua]`.
 
     Each has its own data, unless they share a `server`: a `fakeredis.FakeServer(version=(7,))`.
     """
-    import fakeredis  # wanted by those who test, not by those who run
-
+    fakeredis = _fakeredis()
     connection = fakeredis.FakeRedis(server=server or fakeredis.FakeServer(version=(7,)))
     return Client(settings=settings, connection=connection, script_header=False, **options)
 
 
 def fake_async_client(settings: Settings | None = None, *, server: Any = None, **options: Any) -> AsyncClient:
     """As `fake_client`, for asyncio."""
-    import fakeredis
-
+    fakeredis = _fakeredis()
     connection = fakeredis.FakeAsyncRedis(server=server or fakeredis.FakeServer(version=(7,)))
     return AsyncClient(settings=settings, connection=connection, script_header=False, **options)
 

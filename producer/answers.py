@@ -11,12 +11,14 @@ from . import exits
 from .follow import interrupted
 from .notices import BESIDE_TEXT, how_it_ended
 from .standard import Standard
+from .unclaimed import Unclaimed
 
 
 def result(arguments: argparse.Namespace, client: Client, standard: Standard) -> int:
     """Wait for the end and print the text, or everything as one JSON object."""
     try:
-        found, transcript = client.outcome(arguments.id, arguments.timeout)
+        with Unclaimed(client, arguments.id, standard):
+            found, transcript = client.outcome(arguments.id, arguments.timeout)
     except KeyboardInterrupt:
         return interrupted([arguments.id], standard)
     if arguments.json:

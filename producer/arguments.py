@@ -66,7 +66,7 @@ def _submit(parser: Parser) -> None:
     parser.add_argument("--lane", metavar="L", choices=LANES, help=f"{' or '.join(LANES)} (default {LANES[0]})")
     parser.add_argument("--id", metavar="ID", help="1 to 64 of A-Z a-z 0-9 _ - (default: 128 random bits)")
     parser.add_argument("--timeout", metavar="S", type=float, help="seconds for the whole answer")
-    parser.add_argument("--expires", metavar="S", type=float, help="fail unless it was started by then, in seconds")
+    parser.add_argument("--expires", metavar="S", type=float, help="fail unless it is started within so many seconds")
     parser.add_argument("--retention", metavar="S", type=float, help="seconds the answer is kept after the end")
     parser.add_argument(
         "--on-break", choices=job.ON_BREAK, help=f"what to do when a stream breaks (default {job.ON_BREAK[0]})"
@@ -103,7 +103,9 @@ def _result(parser: Parser) -> None:
 
 
 def _list(parser: Parser) -> None:
-    parser.add_argument("--state", choices=STATES, metavar="S", help=", ".join(STATES))
+    parser.add_argument(
+        "--state", choices=STATES, metavar="S", help=f"{', '.join(STATES)}; of the ended, among the newest 10 x N"
+    )
     parser.add_argument("--limit", type=_limit, metavar="N", default=100, help="at most so many (default 100)")
     parser.add_argument(
         "--json",

@@ -9,6 +9,7 @@ from millstream.client import Client
 
 from . import exits, views
 from .standard import Standard
+from .unclaimed import Unclaimed
 
 
 def run(arguments: argparse.Namespace, client: Client, standard: Standard) -> int:
@@ -24,8 +25,9 @@ def follow(client: Client, ids: Sequence[str], view: views.View, standard: Stand
     try:
         for job_id in ids:  # lest the tenth id's typing error shows after the first nine have ended
             client.status(job_id)
-        with view:
+        with view, Unclaimed(client, ids[0], standard) as unclaimed:
             for job_id, event in client.follow_many(ids, after):
+                unclaimed.heard()
                 if event.terminal:
                     endings[job_id] = event.type
                 view.feed(job_id, event)

@@ -9,7 +9,6 @@ from typing import Final
 
 from millstream.client import Client
 from millstream.meters import Gauge, Use
-from millstream.terminal import printable
 
 from . import columns, exits
 from .standard import Standard
@@ -29,7 +28,7 @@ def run(arguments: argparse.Namespace, client: Client, standard: Standard) -> in
         _table(found, standard)
     else:
         for each in found:
-            standard.write("\t".join(printable(cell) for cell in _cells(each, standard)) + "\n")
+            standard.write(columns.tsv(_cells(each, standard)))
     return exits.DONE
 
 
@@ -48,8 +47,7 @@ def _use(use: Use) -> str:
 def _time(at: float | None, standard: Standard) -> str:
     if at is None:
         return ""
-    when = datetime.fromtimestamp(at, UTC)
-    return f"{when.astimezone():%H:%M:%S}" if standard.terminal else f"{when:%Y-%m-%dT%H:%M:%S.%f}"[:-3] + "Z"
+    return f"{datetime.fromtimestamp(at, UTC).astimezone():%H:%M:%S}" if standard.terminal else columns.utc(at)
 
 
 def _table(found: Sequence[Gauge], standard: Standard) -> None:

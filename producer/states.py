@@ -29,8 +29,8 @@ def status(arguments: argparse.Namespace, client: Client, standard: Standard) ->
         standard.write_json(found)
         return exits.DONE
     rows = [(name, text) for name in found.__struct_fields__ if (text := _shown(getattr(found, name), standard))]
-    for line in columns.aligned(rows) if standard.terminal else [f"{name}\t{_cell(text)}" for name, text in rows]:
-        standard.write(line + "\n")
+    for line in [f"{each}\n" for each in columns.aligned(rows)] if standard.terminal else map(columns.tsv, rows):
+        standard.write(line)
     return exits.DONE
 
 
@@ -45,7 +45,7 @@ def listing(arguments: argparse.Namespace, client: Client, standard: Standard) -
         _table(shown, standard)
     else:
         for each in shown:
-            standard.write("\t".join(_cell(_shown(getattr(each, name), standard)) for name in COLUMNS) + "\n")
+            standard.write(columns.tsv([_shown(getattr(each, name), standard) for name in COLUMNS]))
     if len(found) > len(shown):
         standard.say(f"there are more jobs; --limit N shows more than {len(shown)}")
     return exits.DONE
@@ -71,8 +71,8 @@ def _shown(value: Any, standard: Standard) -> str:
     if value is None or value == {}:
         return ""
     if isinstance(value, float):
-        at = datetime.fromtimestamp(value, UTC)
-        return f"{at.astimezone():%Y-%m-%d %H:%M:%S}" if standard.terminal else f"{at:%Y-%m-%dT%H:%M:%S.%f}"[:-3] + "Z"
+        here = datetime.fromtimestamp(value, UTC).astimezone()
+        return f"{here:%Y-%m-%d %H:%M:%S}" if standard.terminal else columns.utc(value)
     if isinstance(value, dict):
         if "code" in value:
             return in_words(value)
@@ -88,8 +88,3 @@ def _wait(wait: dict[str, Any], standard: Standard) -> str:
     words = [*(str(wait.get(name) or "") for name in ("what", "upstream", "model")), because]
     until = f"until about {_shown(wait['until'], standard)}" if wait["until"] else ""
     return ", ".join(filter(None, (" ".join(filter(None, words)), until)))
-
-
-def _cell(text: str) -> str:
-    """One cell of TSV: what would end it is written as an escape."""
-    return text.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")

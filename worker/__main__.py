@@ -13,6 +13,7 @@ from typing import Any
 
 import structlog
 
+import millstream
 from millstream.errors import MillstreamError, RedisUnavailable
 from millstream.keys import LANES
 from millstream.redis_door import connect, translated
@@ -36,7 +37,8 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
         prog=None if sys.argv[0].endswith("millstream-worker") else "python -m worker",
         description="Take jobs from the lanes and stream their completions into Redis, many at once.",
-        epilog=f"settings (environment), with their defaults:\n{settings}",
+        epilog="exit status: 0 stopped, or --burst found nothing more; 1 a fault of its own; 2 usage or settings; "
+        f"5 Redis cannot be reached\n\nsettings (environment; times in seconds), with their defaults:\n{settings}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     found.add_argument(
@@ -48,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--streams", type=int, metavar="N", help="jobs at once (default: MILLSTREAM_STREAMS)")
     found.add_argument("--burst", action="store_true", help="end when the lanes are empty and every job has ended")
     found.add_argument("--name", help="the worker's name in RQ (default: random)")
+    found.add_argument("--version", action="version", version=f"millstream-worker {millstream.__version__}")
     return found
 
 

@@ -177,7 +177,7 @@ class Attempt:
             waited += await self._wait(found.wait.seconds, waited, found.upstream, "upstream")
         upstream, ticket = found
         try:
-            while (seconds := await self._reservation.have(upstream, self._room - waited, again=self._again)) > 0:
+            while (seconds := await self._reservation.have(upstream, self._room - waited)) > 0:
                 waited += await self._wait(seconds, waited, upstream, "limit")
         except BaseException:
             ticket.dropped()

@@ -290,7 +290,7 @@ def _broken_keys(error: RedisUnavailable) -> bool:
 
 def _spec(body: Any) -> Spec | SpecError:
     if not isinstance(body, bytes):
-        return SpecError("the spec is missing")
+        return SpecError("the spec is missing: its key was deleted or expired; submit the job again")
     try:
         return parse(body)
     except SpecError as error:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any, TextIO
 
 import structlog
+
+from millstream.terminal import printable
 
 
 class Stderr:
@@ -35,17 +37,25 @@ class Stderr:
         os.close(nowhere)
 
 
+def _disarm(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Fields may hold what others wrote, such as the name of a queue entry; on a terminal it must not act."""
+    for name, value in event.items():
+        if isinstance(value, str):
+            event[name] = printable(value)
+    return event
+
+
 def configure(style: str) -> None:
     """`json`: one object a line, for machines. `console`: for people."""
-    renderer: Any = structlog.processors.JSONRenderer()
+    render: Sequence[Any] = [structlog.processors.JSONRenderer()]
     if style == "console":
-        renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+        render = [_disarm, structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
     first: Sequence[Any] = (
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     )
-    last = (structlog.processors.format_exc_info, renderer)
+    last = (structlog.processors.format_exc_info, *render)
     stderr: Any = Stderr(sys.stderr)
     structlog.configure(
         processors=[*first, *last],

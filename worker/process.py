@@ -225,12 +225,11 @@ class Process:
         for _, relay in left.values():
             relay.hand_over()
         done, _ = await asyncio.wait(left, timeout=HAND_OVER)
-        for task in done:
-            if not task.cancelled() and task.exception() is None and task.result() == "released":
-                entry = left[task][0]
-                lane = entry.rq_job.origin.removeprefix(f"{self._settings.prefix}-")
-                try:
-                    await self._client.run(calls.redeliver(self._settings.keys, entry.job_id, lane))
-                except RedisUnavailable as error:  # released it is: a sweep finds that nobody delivered it
-                    log.warning("worker.not_delivered", jobs=len(done), reason=str(error))
-                    return
+        ended = [task for task in done if not task.cancelled() and task.exception() is None]
+        released = [left[task][0] for task in ended if task.result() == "released"]
+        keys = self._settings.keys
+        again = [calls.redeliver(keys, entry.job_id, keys.lane_of(entry.rq_job.origin)) for entry in released]
+        try:
+            await self._client.run_many(again)
+        except RedisUnavailable as error:  # released they are: a sweep finds that nobody delivered them
+            log.warning("worker.not_delivered", jobs=len(released), reason=str(error))

@@ -25,7 +25,10 @@ def check(connection: redis.Redis, settings: Settings) -> None:
         info: dict[str, Any] = connection.info()
     version = tuple(int(part) for part in str(info.get("redis_version", "0.0")).split(".")[:2])
     if version < OLDEST:
-        raise RedisUnavailable(f"Redis at {where} is version {info['redis_version']}, at least 7.0 is needed")
+        raise RedisUnavailable(
+            f"Redis at {where} is version {info['redis_version']}, at least 7.0 is needed; "
+            "update it, or give REDIS_URL another server"
+        )
     if info.get("cluster_enabled"):
         raise SettingsError(
             f"Redis at {where} runs in cluster mode, where a script cannot touch a job and its queue at once; "

@@ -1,9 +1,9 @@
 """Everything of RQ that this worker touches, in one place. `tests/contract/test_rq_surface.py` names each of it.
 
 `StreamWorker` is an RQ worker to everyone outside: registered, with a heartbeat, a state, executions and counters;
-it obeys commands. What it does not do is fork: work() hands over to one asyncio loop (process.py). RQ's bookkeeping
-is done in batches, in one thread beside the loop, with RQ's own functions on one transaction per batch instead of
-20 round trips per job. Kept thin, to move onto RQ's own AsyncWorker when it comes (rq pull request 2445).
+it obeys commands. What it does not do is fork, nor is RQ's `work` called: process.py runs the jobs on one loop. RQ's
+bookkeeping is done in batches, in one thread beside the loop, with RQ's own functions on one transaction per batch
+instead of 20 round trips per job. Kept thin, to move onto RQ's own AsyncWorker when it comes (rq pull request 2445).
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ class StreamWorker(BaseWorker):
 
     def born(self) -> None:
         """Register and listen for commands."""
-        self.register_birth()  # type: ignore[no-untyped-call]
-        self.subscribe()  # type: ignore[no-untyped-call]
+        self.register_birth()
+        self.subscribe()
         self.set_state(WorkerStatus.IDLE)
 
     def unsubscribe(self) -> None:
@@ -117,7 +117,7 @@ class StreamWorker(BaseWorker):
         thread: Any = self.pubsub_thread
         if thread is not None and self.pubsub is not None:
             thread.stop()
-            self.pubsub.unsubscribe()  # type: ignore[no-untyped-call]  # wakes the thread, which closes it
+            self.pubsub.unsubscribe()  # wakes the thread, which closes it
             thread.join(timeout=1)
 
     def _pubsub_exception_handler(self, exc: Exception, pubsub: PubSub, pubsub_thread: PubSubWorkerThread) -> None:
@@ -207,7 +207,7 @@ class StreamWorker(BaseWorker):
             waited_for: set[str] = set()
             if ended:
                 keys = [entry.rq_job.dependents_key for entry, _ in ended]
-                pipe.watch(*keys)  # type: ignore[no-untyped-call]
+                pipe.watch(*keys)
                 if pipe.exists(*keys):
                     waited_for = {key for key in keys if pipe.exists(key)}
             pipe.multi()
@@ -326,7 +326,7 @@ class StreamWorker(BaseWorker):
     def maintain(self) -> None:
         """RQ's own maintenance, when it is due. It judges deliveries; the fate of a job is decided by its log."""
         if self.should_run_maintenance_tasks:
-            self.run_maintenance_tasks()  # type: ignore[no-untyped-call]
+            self.run_maintenance_tasks()
 
     def _queue_of(self, job: Job) -> Queue:
         return next(queue for queue in self.queues if queue.name == job.origin)
@@ -347,7 +347,7 @@ def _asked_for(data: bytes) -> str:
     if len(plain) > MAX_DATA or unpacker.unconsumed_tail:
         raise PoisonError("its data is larger than a delivery's")
     try:
-        function, instance, args, kwargs = JSONSerializer.loads(plain)  # type: ignore[no-untyped-call]
+        function, instance, args, kwargs = JSONSerializer.loads(plain)
     except (ValueError, TypeError, RecursionError):
         raise PoisonError("its data is not the JSON of a call") from None
     if function != FUNCTION:

@@ -197,7 +197,7 @@ class Tickets:
     def _place(self, entry: Entry, specs: Specs) -> Place:
         spec = specs[entry.rq_job.id]
         assert isinstance(spec, Spec)
-        lane = entry.rq_job.origin.removeprefix(f"{self._client.settings.prefix}-")
+        lane = self._client.keys.lane_of(entry.rq_job.origin)
         return self._limiter.place(entry.rq_job.id, entry.job_id, spec, lane, entry.since)
 
     def give_back(self, leave: Leave) -> None:

@@ -130,7 +130,7 @@ if __name__ == "__main__":
         sys.exit("REDIS_URL: found an address that cannot be used, expected redis://[:PASSWORD@]HOST[:PORT][/DB]")
     try:
         for each in Follower(connection, sys.argv[1], after).events():
-            print(json.dumps(each, ensure_ascii=False), flush=True)  # noqa: T201 - stdout is its interface
+            print(json.dumps(each), flush=True)  # noqa: T201 - stdout is its interface
     except (LookupError, RuntimeError, redis.RedisError) as error:
         sys.exit(str(error))
     except (KeyboardInterrupt, BrokenPipeError):

@@ -148,14 +148,20 @@ def test_a_result_that_does_not_come_is_a_timeout(api: Api, client: Client) -> N
 
 
 def test_jobs_are_listed_open_ones_first(api: Api, client: Client, channel: ScriptedChannel) -> None:
-    """Then ended ones with the newest first; by state, up to the limit; a broken spec hides nobody."""
+    """Then ended ones with the newest first; by state, up to the limit; a broken spec or state hides nobody."""
     client.submit_many([{"prompt": "Hi", "id": f"j{i}"} for i in range(6)])
     channel.start("j5")
     client.cancel("j0")
     client.cancel("j1")
     channel.complete("j5")
     client.redis.set(client.keys.spec("j2"), b"\xff not JSON", keepttl=True)
+    for name, broken in (("k", {"seq": "x"}), ("l", {"lane": "batch"}), ("m", {"status": "failed", "error": "{"})):
+        client.redis.hset(client.keys.state(name), mapping=broken)
+        client.redis.expire(client.keys.state(name), 60)
+        client.redis.zadd(client.keys.open, {name: 1})
+    client.redis.zadd(client.keys.open, {b"\xff": 1, "no id": 1})
     ids = [each.id for each in api("list")]
+    client.redis.zrem(client.keys.open, b"\xff", "no id", "k", "l", "m")
     assert (set(ids[:3]), ids[3:]) == ({"j2", "j3", "j4"}, ["j5", "j1", "j0"])
     assert [each.id for each in api("list", "cancelled")] == ["j1", "j0"]
     assert [each.id for each in api("list", state="completed")] == ["j5"]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 from collections.abc import Iterator
+from contextlib import aclosing
 from typing import Any
 
 import fakeredis
@@ -17,7 +19,6 @@ from millstream import (
     RedisUnavailable,
     Settings,
 )
-from millstream import client as client_module
 from millstream.testing import ManualClock, ScriptedChannel, fake_async_client, fake_client
 from tests.contract.consumers import PATIENCE, Consumer, wait_until
 from tests.oracle import check_consumers, check_keys, check_log
@@ -180,11 +181,53 @@ def test_a_result_keeps_its_time_while_the_server_is_away(
     assert "cannot be reached" in str(caught[0])
 
 
+def test_the_feed_of_endings_outlasts_a_server_that_is_killed(
+    own_server: Valkey, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever reads it hears of every job once; a server that was never there is no outage."""
+    monkeypatch.setattr("millstream.redis_door.RETRIES", 0)
+    settings = Settings(redis_url=own_server.url)
+    heard: list[str] = []
+
+    def read() -> None:
+        if kind == "sync":
+            with Client(settings=settings) as reader:
+                heard.extend(each.id for each in itertools.islice(reader.ended("0"), 3))
+        else:
+            asyncio.run(read_async())
+
+    async def read_async() -> None:
+        async with AsyncClient(settings=settings) as reader, aclosing(reader.ended("0")) as feed:
+            async for each in feed:
+                heard.append(each.id)
+                if len(heard) == 3:
+                    return
+
+    with Client(settings=settings) as client:
+        client.submit("Hi", id="first")
+        client.cancel("first")
+        reading = threading.Thread(target=read, daemon=True)
+        reading.start()
+        if kind == "async":
+            wait_until(lambda: heard == ["first"], "the first ending")
+        wait_until(lambda: b"cmd=xread" in client.redis.execute_command("CLIENT", "LIST"), "the reader in its read")
+        own_server.kill()
+        own_server.restart()
+    with Client(settings=settings) as client:
+        for job_id in ("second", "third"):
+            client.submit("Hi", id=job_id)
+            client.cancel(job_id)
+        reading.join(PATIENCE)
+        assert heard == ["first", "second", "third"]
+        own_server.kill()
+        with pytest.raises(RedisUnavailable):
+            next(client.ended("0"))
+
+
 def test_an_outage_that_lasts_is_said(own_server: Valkey, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A follower outlasts OUTAGE seconds of a server that is away, then raises RedisUnavailable."""
     monkeypatch.setattr("millstream.redis_door.RETRIES", 0)
-    monkeypatch.setattr(client_module, "OUTAGE", 0.5)
-    monkeypatch.setattr("millstream.async_client.OUTAGE", 0.5)
+    monkeypatch.setattr("millstream.outage.OUTAGE", 0.5)
     settings = Settings(redis_url=own_server.url)
     with Client(settings=settings) as client:
         channel = ScriptedChannel(client)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+import millstream
+
 ROOT = Path(__file__).parents[2]
 ROOMS = {"millstream": "millstream", "worker": "millstream_worker", "producer": "millstream_producer"}
 COMMANDS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
@@ -56,6 +58,11 @@ def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet")
     _run(*pip, "--no-deps", "--no-index", "--target", into, wheel, cwd=into)
     return into
+
+
+def test_the_version_is_one() -> None:
+    """What is built and what `--version` says."""
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == millstream.__version__
 
 
 def test_the_wheel_carries_every_file_of_the_three_rooms_and_nothing_else(wheel: Path) -> None:

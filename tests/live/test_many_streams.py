@@ -52,7 +52,7 @@ def times_of(jobs: list[Job]) -> list[float]:
     """How long RQ's own jobs took from enqueueing to their end, once all have ended (s)."""
     wait_until(lambda: all(job.get_status() == "finished" for job in jobs), "RQ's own jobs finish")
     for job in jobs:
-        job.refresh()  # type: ignore[no-untyped-call]
+        job.refresh()
     return [(job.ended_at - job.enqueued_at).total_seconds() for job in jobs if job.ended_at and job.enqueued_at]
 
 

@@ -36,7 +36,8 @@ def test_messages_are_the_upstreams_own_and_inert(shared: World) -> None:
     """What a failing upstream says is kept, on one line, without markup or anything that moves a cursor."""
     page = "<html><head><title>502</title><style>p{}</style></head><body><h1>Bad\x1b[31m Gateway</h1></body></html>"
     said = [
-        (html(404, page), "http_404", "502 Bad [31m Gateway"),
+        (html(404, page), "http_404",
+         "502 Bad [31m Gateway (is /chat/completions below its base URL? Most end in /v1)"),
         (error(400, "Zeile eins\n\u202ezwei \x1b]52;c;eHg=\x07", error_code="a\x1b[2Jb"), "a_2Jb",
          "Zeile eins zwei ]52;c;eHg="),
         (Script(Status(418, {}, {"detail": [{"msg": "field required"}]})), "http_418", '[{"msg": "field required"}]'),

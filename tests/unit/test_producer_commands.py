@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +13,7 @@ from millstream import Client
 from millstream.meters import Limits, Meter, Place, acquire, learn
 from millstream.testing import ScriptedChannel, fake_client
 from producer.__main__ import main
+from tests.contract.consumers import PATIENCE, wait_until
 from tests.unit.producer_typed import standard, typed, written
 
 
@@ -57,6 +59,24 @@ def test_follow_and_result_write_the_text_and_end_as_the_job_did(desk: Desk, end
         found = typed(desk.client, *argv)
         assert (found.status, found.out) == (status, "partial")
         assert (ending in found.err) is (status != 0)
+
+
+@pytest.mark.parametrize("command", ["follow", "result"])
+def test_whoever_waits_for_a_worker_is_told_so(desk: Desk, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that nobody takes is said to wait, once; one that was taken, or has ended, is waited for in silence."""
+    monkeypatch.setattr("producer.unclaimed.QUIET", 0.0)
+    desk.client.submit("Hi", id="waits", model="m")
+    streams = standard()
+    command_ran = threading.Thread(target=main, args=((command, "waits"), lambda: desk.client, streams), daemon=True)
+    command_ran.start()
+    wait_until(lambda: "does one run" in written(streams)[1], "the word")
+    desk.channel.start("waits")
+    desk.channel.complete("waits")
+    command_ran.join(PATIENCE)
+    assert not command_ran.is_alive()
+    assert written(streams)[1].count("no worker has taken the job") == 1
+    desk.ended("completed")
+    assert typed(desk.client, command, "completed").err == ""
 
 
 def test_follow_of_several_ends_as_the_worst(desk: Desk) -> None:

@@ -116,6 +116,13 @@ def test_without_a_file_there_is_the_one_of_the_environment() -> None:
     assert not spared.breaker
 
 
+def test_a_key_that_no_header_can_carry_ends_the_start() -> None:
+    """One that was copied with its typographic quotes would break every job; it is not shown."""
+    with pytest.raises(SettingsError, match=r"^OPENAI_API_KEY: found a character that no header can carry") as caught:
+        load(Settings(api_key="\u201csk-canary\u201d"), {})
+    assert "canary" not in str(caught.value)
+
+
 def test_the_file_wins_over_the_environment(tmp_path: Path) -> None:
     """MILLSTREAM_UPSTREAMS names a file; MILLSTREAM_BREAKER=0 is for all of it."""
     path = tmp_path / "up.toml"

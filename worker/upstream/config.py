@@ -79,6 +79,8 @@ class UpstreamSettings:
 def load(settings: Settings, environ: Mapping[str, str]) -> list[UpstreamSettings]:
     """The upstreams of a worker, in their order. Raises SettingsError with one line that names file and key."""
     if settings.upstreams is None:
+        if settings.api_key is not None and not _fits_a_header(settings.api_key):
+            raise SettingsError("OPENAI_API_KEY: found a character that no header can carry; copy the key again")
         host = urlsplit(settings.base_url).hostname or "upstream"
         only = UpstreamSettings(
             name=host, base_url=settings.base_url, api_key=settings.api_key, breaker=settings.breaker, foreign=False,
@@ -158,9 +160,13 @@ def _key(table: _Table, environ: Mapping[str, str]) -> str | None:
     key = environ.get(variable, "").strip()
     if not key:
         raise table.wrong("api_key_env", f"the variable {variable} is not set")
-    if not key.isascii() or not key.isprintable():
+    if not _fits_a_header(key):
         raise table.wrong("api_key_env", f"{variable} holds something that no header can carry")
     return key
+
+
+def _fits_a_header(text: str) -> bool:
+    return text.isascii() and text.isprintable()
 
 
 def _headers(table: _Table) -> Mapping[str, str]:
@@ -172,7 +178,7 @@ def _headers(table: _Table) -> Mapping[str, str]:
             raise table.wrong(f"headers.{name}", "is the worker's own header")
         if not _HEADER_NAME.fullmatch(name):
             raise table.wrong(f"headers.{name[:40]!r}", "is no name of a header")
-        if not value.isprintable() or not value.isascii():
+        if not _fits_a_header(value):
             raise table.wrong(f"headers.{name}", "found a line break or another character that no header can carry")
     return headers
 

@@ -81,6 +81,8 @@ def from_status(status: int, body: Any, retry_after: float | None = None) -> Ups
     retryable = status >= 500 or (status in RETRYABLE_STATUSES and code not in FINAL_CODES)
     if 300 <= status < 400:
         code, message = "redirect", "the upstream redirects elsewhere; give its final address as its base URL"
+    if status == 404 and not code:
+        message = f"{message or 'the upstream answered 404'} (is /chat/completions below its base URL? Most end in /v1)"
     return UpstreamFailure(
         code or f"http_{status}", message or f"the upstream answered {status}",
         retryable=retryable, retry_after=retry_after, status=status,

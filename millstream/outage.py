@@ -1,0 +1,46 @@
+"""How a reader outlasts a server that goes away while it reads. Pure, but for one line of the log per outage."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Final
+
+from .errors import RedisUnavailable
+from .redis_door import passes
+
+OUTAGE: Final = 300.0
+"""Seconds a reader outlasts a Redis that went away while it read."""
+
+RECONNECT: Final = 0.25
+"""Seconds between its tries, beyond those of the connection itself."""
+
+log = logging.getLogger("millstream")
+"""Says once per outage that a reader waits; with no handler set, Python shows it on stderr."""
+
+
+class Outage:
+    """Since when a reader had no answer. `until` is its own deadline, by `clock` (seconds)."""
+
+    def __init__(self, clock: Callable[[], float], until: float | None = None) -> None:
+        self._clock = clock
+        self._until = until
+        self._answered: float | None = None
+        self._told = False
+
+    def answered(self) -> None:
+        """The server is there."""
+        self._answered, self._told = self._clock(), False
+
+    def outlast(self, error: RedisUnavailable) -> None:
+        """Let the reader try again after RECONNECT seconds. Raises the error when that is of no use: nothing was ever
+        answered, waiting does not mend it, or it has lasted too long.
+        """
+        now = self._clock()
+        if self._answered is None or not passes(error) or now - self._answered > OUTAGE:
+            raise error
+        if self._until is not None and now >= self._until:
+            raise error
+        if not self._told:
+            log.warning("%s; reading goes on when it is back", error)
+        self._told = True

@@ -1,0 +1,49 @@
+"""A word to whoever waits for a job that nobody takes: at first it is mostly a worker that was not started."""
+
+from __future__ import annotations
+
+import threading
+from types import TracebackType
+from typing import Final, Self
+
+from millstream.client import Client
+from millstream.errors import MillstreamError
+
+from .standard import Standard
+
+QUIET: Final = 5.0
+"""Seconds without an event after which the job is looked at."""
+
+
+class Unclaimed:
+    """While entered, says once that the job waits for a worker, should nothing be heard of it for QUIET seconds."""
+
+    def __init__(self, client: Client, job_id: str, standard: Standard) -> None:
+        self._client, self._job_id, self._standard = client, job_id, standard
+        self._timer = threading.Timer(QUIET, self._look)  # of its own thread, since following blocks
+        self._timer.daemon = True
+
+    def __enter__(self) -> Self:
+        self._timer.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.heard()
+        self._timer.join(1.0)  # lest it asks a client that is being closed
+
+    def heard(self) -> None:
+        """Something came: no word is needed."""
+        self._timer.cancel()
+
+    def _look(self) -> None:
+        try:
+            found = self._client.status(self._job_id)
+        except MillstreamError:
+            return  # whoever follows hears of it
+        if found.status == "queued" and found.wait is None and found.attempt == 0:
+            self._standard.say(
+                f"no worker has taken the job for {QUIET:g} s: does one run (millstream-worker, or python -m worker) "
+                f"that serves the lane {found.lane!r} and has a free slot? The job waits for it"
+            )
