@@ -17,7 +17,7 @@ import msgspec
 from msgspec import Struct
 
 from .calls import Call, milliseconds
-from .keys import LANES, Keys
+from .keys import LANES, Keys, text_of
 
 WINDOW: Final = 60.0
 """Seconds that requests and tokens are counted over."""
@@ -135,7 +135,7 @@ def _acquired(reply: Sequence[Any]) -> Acquired:
 def _members(text: bytes) -> dict[str, int]:
     if not text:
         return {}
-    pairs = (member.rpartition(":") for member in text.decode().split())
+    pairs = (member.rpartition(":") for member in text_of(text).split())
     # Anybody may write into a line.
     return {delivery: int(tokens) for delivery, _, tokens in pairs if tokens.isdecimal()}
 

@@ -20,27 +20,27 @@ log = logging.getLogger("millstream")
 
 
 class Outage:
-    """Since when a reader had no answer. `until` is its own deadline, by `clock` (seconds)."""
+    """For how long a reader had no answer. `until` is its own deadline, by `clock` (seconds)."""
 
     def __init__(self, clock: Callable[[], float], until: float | None = None) -> None:
         self._clock = clock
         self._until = until
-        self._answered: float | None = None
-        self._told = False
+        self._known = False
+        self._since: float | None = None
 
     def answered(self) -> None:
         """The server is there."""
-        self._answered, self._told = self._clock(), False
+        self._known, self._since = True, None
 
     def outlast(self, error: RedisUnavailable) -> None:
         """Let the reader try again after RECONNECT seconds. Raises the error when that is of no use: nothing was ever
         answered, waiting does not mend it, or it has lasted too long.
         """
         now = self._clock()
-        if self._answered is None or not passes(error) or now - self._answered > OUTAGE:
+        if not self._known or not passes(error):
             raise error
-        if self._until is not None and now >= self._until:
-            raise error
-        if not self._told:
+        if self._since is None:  # not since the last answer: a reader may sleep over what it was given
+            self._since = now
             log.warning("%s; reading goes on when it is back", error)
-        self._told = True
+        if now - self._since > OUTAGE or (self._until is not None and now >= self._until):
+            raise error

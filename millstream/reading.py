@@ -117,6 +117,8 @@ class Reading:
             if event.seq > self.cursor + 1:
                 raise JobExpired(self.job_id)
             taken += self._take(event)
+            if self.ended:
+                return taken  # nothing stands behind a terminal event
         if found.last and self.cursor < found.seq:
             raise JobExpired(self.job_id)
         if found.closed and self.cursor == found.seq:

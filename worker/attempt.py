@@ -153,7 +153,12 @@ class Attempt:
             self._reservation.settle(self._answer, refused=failure.status >= 400)
             self._reservation.pass_on(upstream, failure)
             raise
-        except asyncio.CancelledError:
+        except RecursionError:  # of the library that writes the request
+            ticket.dropped()
+            self._reservation.settle(self._answer)
+            what = "the job is nested too deeply to be written into a request; flatten its messages and parameters"
+            raise UpstreamFailure("invalid_spec", what, retryable=False) from None
+        except BaseException:  # cancelled, or a bug: a probe that told nothing would keep its breaker open for good
             ticket.dropped()
             self._reservation.settle(self._answer)
             raise

@@ -91,7 +91,7 @@ class Outbox:
 
     def text(self, index: int, text: str, n: int = 1) -> None:
         """Content of a choice; merges with what waits of the same choice."""
-        if self._abandoned:
+        if self._abandoned or self._ending is not None:
             return
         if self._texts and (index != self._index or self._length + len(text) > MAX_TEXT):
             self._close_text()
@@ -108,14 +108,14 @@ class Outbox:
 
     def event(self, event: bytes) -> None:
         """Any other event, in compact form."""
-        if self._abandoned:
+        if self._abandoned or self._ending is not None:
             return
         self._close_text()
         self._waiting.append(event)
         self._grow(len(event))
 
     def finish(self, event: bytes, ending: Ending) -> None:
-        """The terminal event. Nothing may follow."""
+        """The terminal event. Nothing can follow: what still comes is ignored."""
         self.event(event)
         self._ending = ending
 
@@ -241,6 +241,7 @@ class Outbox:
             self._waiting.extendleft(reversed([*self._take_back(lost), *frame.events]))
             return
         self._clear()
+        self._ending = None
         self.finish(
             compact("failed", finish_reasons={}, error=_LOG_LOST),
             Ending("failed", b"{}", msgspec.json.encode(_LOG_LOST)),

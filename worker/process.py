@@ -149,16 +149,15 @@ class Process:
     # Working -----------------------------------------------------------------------------------------------------
 
     async def _work(self, *, burst: bool) -> None:
-        intake = asyncio.create_task(self._intake.run(burst=burst))
+        intake = self._service(self._intake.run(burst=burst))
         stop = asyncio.create_task(self._stopping.wait())
         await asyncio.wait([intake, stop], return_when=asyncio.FIRST_COMPLETED)
-        if intake.done() and burst:
-            intake.result()
+        if intake.done() and burst and not self._broken:
             while self._running and not self._stopping.is_set():
                 await asyncio.wait([stop, *self._running], return_when=asyncio.FIRST_COMPLETED)
         stop.cancel()
         self._intake.stop()  # not cancelled: what it has claimed must become a running job, or be handed over as one
-        await intake
+        await asyncio.wait([intake])  # a fault of its own was told by then: the jobs are handed over, not dropped
 
     def _begin(self, entry: Entry, spec: Spec | SpecError, token: str, claim: Claim, leave: Leave) -> None:
         relay = Relay(self._services, entry.job_id, spec, token, claim, leave)
@@ -227,6 +226,7 @@ class Process:
         done, _ = await asyncio.wait(left, timeout=HAND_OVER)
         ended = [task for task in done if not task.cancelled() and task.exception() is None]
         released = [left[task][0] for task in ended if task.result() == "released"]
+        released.sort(key=lambda entry: -entry.since)  # the oldest last, which then stands first
         keys = self._settings.keys
         again = [calls.redeliver(keys, entry.job_id, keys.lane_of(entry.rq_job.origin)) for entry in released]
         try:

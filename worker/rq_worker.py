@@ -108,8 +108,8 @@ class StreamWorker(BaseWorker):
 
     def born(self) -> None:
         """Register and listen for commands."""
-        self.register_birth()
-        self.subscribe()
+        self.register_birth()  # type: ignore[no-untyped-call]
+        self.subscribe()  # type: ignore[no-untyped-call]
         self.set_state(WorkerStatus.IDLE)
 
     def unsubscribe(self) -> None:
@@ -326,7 +326,7 @@ class StreamWorker(BaseWorker):
     def maintain(self) -> None:
         """RQ's own maintenance, when it is due. It judges deliveries; the fate of a job is decided by its log."""
         if self.should_run_maintenance_tasks:
-            self.run_maintenance_tasks()
+            self.run_maintenance_tasks()  # type: ignore[no-untyped-call]
 
     def _queue_of(self, job: Job) -> Queue:
         return next(queue for queue in self.queues if queue.name == job.origin)

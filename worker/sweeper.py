@@ -21,6 +21,7 @@ from millstream.delivery import job_of, queue_key
 from millstream.errors import RedisUnavailable
 from millstream.job import is_id
 from millstream.keys import LANES, text_of
+from millstream.redis_door import TRANSIENT
 
 EVERY: Final = 1.0
 BATCH: Final = 200
@@ -40,6 +41,7 @@ class Sweeper:
         """Until cancelled."""
         loop = asyncio.get_running_loop()
         lease = self._client.settings.lease
+        told = False
         while True:
             await asyncio.sleep(min(EVERY, lease / 4))
             asked = loop.time()
@@ -50,8 +52,13 @@ class Sweeper:
                     self._healthy_since = loop.time()
                 if due and loop.time() - self._healthy_since >= lease:
                     await self._sweep(due)
-            except (RedisUnavailable, redis.exceptions.RedisError):
+                told = False
+            except (RedisUnavailable, redis.exceptions.RedisError) as error:
                 self._healthy_since = None
+                cause = error.__cause__ if isinstance(error, RedisUnavailable) else error
+                if not (told or isinstance(cause, TRANSIENT)):  # an outage is the writer's to tell
+                    log.warning("sweep.failed", reason=str(error)[:200])
+                    told = True
 
     async def _due(self) -> list[str]:
         # A script that may write: a replica or a disk in trouble still answers reads while no holder can renew.
@@ -104,8 +111,16 @@ class Sweeper:
         return {keys.line(name, lane) for name in names for lane in LANES}
 
     async def _oldest(self, lane: str) -> int | None:
-        """When the job at the head of a lane's queue was submitted (ms); None for an empty lane."""
-        head = await self._client.redis.lindex(queue_key(self._client.keys, lane), 0)
-        job_id = job_of(text_of(head)) if head else None
-        created = await self._client.redis.hget(self._client.keys.state(job_id), "created") if job_id else None
-        return int(created) if created and created.isdigit() else None
+        """When the job at the head of a lane's queue was submitted (ms), 0 when unknown; None for an empty lane."""
+        keys, connection = self._client.keys, self._client.redis
+        try:
+            if not (head := await connection.lindex(queue_key(keys, lane), 0)):
+                return None
+            job_id = job_of(text_of(head))
+            created = await connection.hget(keys.state(job_id), "created") if job_id else None
+        except redis.exceptions.NoPermissionError:
+            raise
+        except redis.exceptions.ResponseError:  # somebody else's data under one of the names
+            created = None
+        # Nobody knows how old a head is whose job is gone: whoever serves the lane takes it away; until then all wait.
+        return int(created) if created and created.isdigit() else 0

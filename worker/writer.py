@@ -102,7 +102,8 @@ class Writer:
                     log.error("writer.refused", job=outbox.job_id, reason=message[:200])
                 outbox.written_at = now
                 outbox.answered(code, seq)
-                if outbox.waiting and outbox in self._outboxes:
+                # Also when it is carried no more: what the server lost while its relay waits for silence comes again.
+                if outbox.waiting and (outbox in self._outboxes or code == "gap"):
                     self.notify(outbox)
 
     async def _turn(self, loop: asyncio.AbstractEventLoop) -> None:

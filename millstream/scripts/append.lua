@@ -69,8 +69,10 @@ local function append(state, log, spec, holder, first, count, kind, from)
   if kind ~= '' and ARGV[from + count] ~= '' then
     call('HSET', state, 'usage', ARGV[from + count])
   end
-  -- Renewing only when a tenth has passed saves two writes on nearly every call.
-  if kind ~= 'end' and tonumber(s[3]) - now < lease * 0.9 then
+  -- Renewing only when a tenth has passed saves two writes on nearly every call. A lease that ends later than one of now
+  -- was given before the server's clock went back: left alone, it would outlive its holder by as much.
+  local left = tonumber(s[3]) - now
+  if kind ~= 'end' and (left < lease * 0.9 or left > lease) then
     call('HSET', state, 'lease', now + lease)
     call('ZADD', KEYS[1], now + lease, match(log, '{(.*)}'))
   end

@@ -25,6 +25,7 @@ end
 if CLOSED[status] then
   return {'closed', status}
 end
+assert(attempt and seq and broken and max_attempts, 'its state is incomplete')
 
 local now = server_ms()
 local reason = s[10] or ''
@@ -39,7 +40,7 @@ elseif ARGV[4] ~= '' then
 elseif status == 'in_progress' then
   local left = tonumber(s[5] or 0) - now
   if left > 0 then
-    return {'busy', left}
+    return {'busy', math.min(left, ARGV[3])} -- a server's clock that went back makes it longer than any lease
   end
   broken = broken + 1
   reason = 'worker_lost'
@@ -65,6 +66,6 @@ attempt = attempt + 1
 redis.call('HSET', KEYS[1], 'status', 'in_progress', 'holder', ARGV[2] .. ':' .. attempt, 'attempt', attempt, 'broken', broken,
   'reason', reason, 'lease', now + ARGV[3])
 redis.call('HSETNX', KEYS[1], 'started', now)
-redis.call('HDEL', KEYS[1], 'not_before', 'wait', 'until', 'line', 'place')
+redis.call('HDEL', KEYS[1], 'not_before', 'wait', 'until', 'line', 'place', 'swept')
 redis.call('ZADD', KEYS[4], now + ARGV[3], ARGV[1])
 return {'claimed', attempt, seq, reason, broken, max_attempts}

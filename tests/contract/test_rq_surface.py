@@ -179,7 +179,7 @@ def worker(connection: redis.Redis) -> Iterator[StreamWorker]:
     made = a_worker(connection)
     made.born()
     yield made
-    made.teardown()
+    made.teardown()  # type: ignore[no-untyped-call]
 
 
 def take(
@@ -226,7 +226,7 @@ def test_we_leave_what_rqs_own_worker_leaves(connection: redis.Redis, valkey: Va
     entry = take(worker, connection)
     worker.book([entry], [])
     worker.book([], [(entry, "completed")])
-    worker.teardown()
+    worker.teardown()  # type: ignore[no-untyped-call]
     ours = left(connection, entry.rq_job.id, "ours")
     del theirs["rq:clean_groups"]  # the lock of a maintenance that ours had no reason for
     assert set(ours) == set(theirs)
@@ -246,7 +246,7 @@ def test_of_a_batch_rq_keeps_the_counters_alone(
     worker.book([], [(entry, status)])
     assert list(connection.scan_iter(f"rq:*{entry.job_id}*")) == []
     assert connection.keys("rq:finished:*") + connection.keys("rq:failed:*") + connection.keys("rq:wip:*") == []
-    worker.refresh()
+    worker.refresh()  # type: ignore[no-untyped-call]
     assert (worker.successful_job_count, worker.failed_job_count) == counters
     assert worker.get_state() == "idle"
 
@@ -274,7 +274,7 @@ def test_an_end_is_booked(
     assert Job.fetch(rq_id, connection=connection, serializer=JSONSerializer).get_status() == said
     assert stored.zrange("rq:wip:millstream-interactive", 0, -1) == []
     assert worker.get_state() == "idle"
-    worker.refresh()
+    worker.refresh()  # type: ignore[no-untyped-call]
     assert (worker.successful_job_count, worker.failed_job_count) == counters
     assert 0 < stored.ttl(entry.rq_job.key) <= (FAILURE_TTL if status == "failed" else RESULT_TTL)
 
@@ -299,7 +299,7 @@ def test_broken_dependents_are_their_own_problem(worker: StreamWorker, connectio
     stored.sadd(entries[1].rq_job.dependents_key, b"\xff\xfe", "gone")
     worker.book(entries, [])
     worker.book([], [(entry, "completed") for entry in entries])
-    worker.refresh()
+    worker.refresh()  # type: ignore[no-untyped-call]
     assert worker.get_state() == "idle"
     done = Job.fetch(entries[2].rq_job.id, connection=connection, serializer=JSONSerializer)
     assert done.get_status() == "finished"

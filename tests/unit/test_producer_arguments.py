@@ -134,7 +134,7 @@ def test_messages_come_from_a_file_or_stdin(client: Client, tmp_path: Path, wher
         (["Hi", "--timeout", "nan"], "timeout: found nan"),
         (["Hi", "--timeout", "0"], "timeout: found 0"),
         (["Hi", "--max-attempts", "0"], "max_attempts: found 0"),
-        (["Hi", "--model", ""], "model: expected a name"),
+        (["Hi", "--model", ""], "expected a name of 1 to 256"),
         (["Hi \udcff"], "not UTF-8"),
         (["Hi", "--system", "\udcff"], "not UTF-8"),
         (["x" * (MAX_SPEC_BYTES + 1)], "shorten the prompt"),
