@@ -164,6 +164,19 @@ def test_a_heartbeat_renews_the_lease_and_writes_no_event(client: Client, sent: 
     assert len(read_log(client.redis, client.keys, "j")) == 2
 
 
+def test_a_lease_from_before_the_clock_went_back_is_renewed(client: Client, sent: Hands) -> None:
+    """It ends later than any lease of now could: left alone, it would outlive its holder by as much."""
+    client.submit("Hi", id="j")
+    sent.begin("j")
+    ahead = sent.now_ms() + 3_600_000
+    client.redis.hset(client.keys.state("j"), "lease", ahead)
+    client.redis.zadd(client.keys.open, {"j": ahead})
+    with sent.from_now() as after:
+        assert sent.append("j", 2) == ("ok", 1)
+    assert int(sent.state("j")["lease"]) in after(15_000)
+    assert client.redis.zscore(client.keys.open, "j") == int(sent.state("j")["lease"])
+
+
 def test_a_fresh_lease_is_not_renewed(client: Client, hands: Hands) -> None:
     """Two writes less on nearly every call; a lease still lives at least nine tenths of its time after a write."""
     client.submit("Hi", id="j")

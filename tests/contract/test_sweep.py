@@ -7,10 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from millstream import Client, Failed
-from millstream.calls import sweep
+from millstream import AsyncClient, Client, Failed
+from millstream.calls import redeliver, sweep
+from millstream.delivery import job_of, queue_key
 from tests.contract.conftest import COMPLETED, DONE, LEASE, Hands
 from tests.oracle import check_log
+from worker.sweeper import Sweeper
 
 LEASE_MS = int(LEASE * 1000)
 PATIENCE_MS = 4 * LEASE_MS
@@ -35,6 +37,72 @@ def test_a_lost_lease_is_found_at_once(client: Client, hands: Hands) -> None:
     hands.make_due("j")
     assert hands.sweep("j") == [("j", "batch", "lost")]
     assert hands.state("j")["status"] == "in_progress", "a sweep only finds: the claim decides"
+
+
+def test_a_lost_job_that_waits_behind_older_ones_is_delivered_once(client: Client, hands: Hands) -> None:
+    """Its delivery is there: a lane that nobody serves for a day must not fill with others of the same job."""
+    client.submit("Hi", id="j")
+    created = int(hands.state("j")["created"])
+    for _ in range(2):  # each lease that is lost is delivered at once
+        hands.begin("j", lease=0.001)
+        hands.let_lapse("j")
+        hands.make_due("j")
+        assert hands.sweep("j", oldest={"interactive": created - 1}) == [("j", "interactive", "lost")]
+        for _ in range(3):
+            hands.make_due("j")
+            assert hands.sweep("j", oldest={"interactive": created}) == [], "its own, or an older one, stands there"
+        hands.make_due("j")
+        assert hands.sweep("j", oldest={"interactive": created + 1}) == [("j", "interactive", "lost")]
+        assert hands.claim("j", "t2").outcome == "claimed"
+        assert "swept" not in hands.state("j")
+        hands.release("j", "t2", int(hands.state("j")["attempt"]))
+
+
+def test_what_is_delivered_again_stands_first_with_the_oldest_at_the_head(client: Client, hands: Hands) -> None:
+    """Somebody may be watching: it was accepted before those that wait. And no sweep takes those behind it for lost."""
+    names = [f"j{number}" for number in range(5)]
+    for number, name in enumerate(names):
+        client.submit("Hi", id=name)
+        client.redis.hset(client.keys.state(name), "created", 1000 + number)
+        hands.begin(name, lease=0.001)
+    queue = queue_key(client.keys, "interactive")
+    client.redis.delete(queue, *(b"rq:job:" + taken for taken in client.redis.lrange(queue, 0, -1)))
+    client.submit("Hi", id="backlog")
+    hands.let_lapse(names[-1])
+    shuffled = [names[at] for at in (3, 0, 4, 2, 1)]
+    hands.make_due(*shuffled)
+    found = hands.sweep(*shuffled, oldest={"interactive": int(hands.state("backlog")["created"])})
+    assert [job_id for job_id, _, _ in found] == names[::-1]
+    for job_id, lane, _ in found:
+        assert client.run(redeliver(client.keys, job_id, lane))
+    stand = [job_of(entry.decode()) for entry in client.redis.lrange(queue, 0, -1)]
+    assert stand == [*names, "backlog"]
+    hands.make_due(*names)
+    assert hands.sweep(*names, oldest={"interactive": 1000}) == []
+
+
+def test_a_lease_from_before_the_clock_went_back_does_not_outlast_it(client: Client, hands: Hands) -> None:
+    """A failover to a server whose clock is an hour behind: a dead holder's job comes back within a lease, not after
+    an hour.
+    """
+    client.submit("Hi", id="j")
+    hands.begin("j")
+    client.redis.hset(client.keys.state("j"), "lease", hands.now_ms() + 3_600_000)
+    assert hands.claim("j", "t2").busy_ms <= LEASE_MS
+    hands.make_due("j")
+    with hands.from_now() as after:
+        assert hands.sweep("j") == []
+    assert int(hands.state("j")["lease"]) in after(LEASE_MS)
+    assert looked_at(client) in after(LEASE_MS)
+
+
+def test_an_incomplete_state_stops_nobody(client: Client, hands: Hands) -> None:
+    """Somebody else wrote it: it is looked at again later, and the others are found."""
+    client.redis.hset(client.keys.state("bad"), mapping={"status": "in_progress", "lease": 1})
+    client.submit("Hi", id="j")
+    hands.make_due("bad", "j")
+    assert hands.sweep("bad", "j") == [("j", "interactive", "vanished")]
+    client.redis.delete(client.keys.state("bad"))
 
 
 def test_a_living_lease_is_left_alone(client: Client, hands: Hands) -> None:
@@ -66,6 +134,31 @@ def test_a_queued_job_has_vanished_only_if_nothing_older_waits(
         found = hands.sweep("j", oldest={"interactive": None if oldest is None else created + oldest, "batch": 0})
     assert found == ([] if oldest == -1 else [("j", "interactive", "vanished")])
     assert looked_at(client) in after(PATIENCE_MS)
+
+
+async def test_a_head_whose_job_is_gone_says_nothing_of_the_jobs_behind_it(
+    client: Client, async_client: AsyncClient
+) -> None:
+    """It was cancelled and forgotten, or somebody else put it there. Whoever serves the lane takes it away."""
+    sweeper = Sweeper(async_client)
+    queue, state = queue_key(client.keys, "interactive"), client.keys.state("j")
+    assert await sweeper._oldest("interactive") is None
+    client.submit("Hi", id="j")
+    assert await sweeper._oldest("interactive") == int(client.redis.hget(state, "created"))
+    kept = client.redis.dump(state)
+    client.redis.delete(b"rq:job:" + client.redis.lindex(queue, 0))
+    spoils: list[Callable[[], object]] = [
+        lambda: client.redis.delete(state),
+        lambda: client.redis.set(state, "no hash"),
+        lambda: client.redis.lpush(queue, b"\xff"),
+        lambda: client.redis.set(queue, "no list"),
+    ]
+    for spoil in spoils:
+        spoil()
+        assert await sweeper._oldest("interactive") == 0
+    client.redis.delete(queue, state)
+    client.redis.restore(state, 0, kept)
+    assert await sweeper._oldest("interactive") is None
 
 
 def test_its_own_delivery_waiting_is_no_loss(client: Client, hands: Hands) -> None:

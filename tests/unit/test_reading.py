@@ -47,6 +47,14 @@ def test_a_late_consumer_reads_the_log() -> None:
     assert reading.ended
 
 
+def test_nothing_is_read_behind_the_end() -> None:
+    """Whoever wrote there: a log ends with its terminal event."""
+    reading = Reading("j")
+    more = Chunk(seq=5, attempt=1, at=5.0, delta={"content": "late"})
+    assert reading.read(Page([*LOG, more], 5, closed=True)) == LOG
+    assert reading.ended
+
+
 @pytest.mark.parametrize("after", range(5))
 def test_a_consumer_goes_on_from_every_cursor(after: int) -> None:
     """It gets what lies above its cursor; at the end there is nothing, and it knows that it is done."""

@@ -15,7 +15,8 @@ from millstream.calls import Call, Claim
 from millstream.errors import RedisUnavailable
 from millstream.job import Spec
 from millstream.settings import Settings
-from tests.unit.writer_desk import KEYS, Desk, Line, flown, turns
+from tests.unit.writer_desk import KEYS, Desk, Line, flown, leaping, turns
+from worker.breaker import Ticket
 from worker.choice import GuardedUpstream, Upstreams
 from worker.clocks import Ticker
 from worker.relay import AWAY, Relay, Services
@@ -59,6 +60,36 @@ async def relay(line: Line, redis: Released, *, cooling: float) -> AsyncIterator
         )
         yield Relay(services, JOB, SPEC, "t", Claim("claimed", attempt=1, max_attempts=3))
     await upstream.close()
+
+
+@pytest.mark.parametrize("error", [RecursionError(), ValueError("a bug")])
+def test_a_request_that_ends_in_no_answer_at_all_frees_its_probe(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A breaker whose probe never tells would stay open until the worker is started anew. Too deep a job just fails."""
+    dropped: list[Ticket] = []
+
+    class Broken:
+        async def __aenter__(self) -> Any:
+            raise error
+
+        async def __aexit__(self, *_: object) -> None: ...
+
+    def note(ticket: Ticket) -> None:
+        dropped.append(ticket)
+
+    async def stream() -> None:
+        async with relay(Line(), Released(), cooling=0.0) as job:
+            if isinstance(error, RecursionError):
+                assert await job.run() == "failed"
+            else:
+                with pytest.raises(ValueError, match="a bug"):
+                    await job.run()
+
+    monkeypatch.setattr(GuardedUpstream, "ask", lambda *_: Broken())
+    monkeypatch.setattr(Ticket, "dropped", note)
+    leaping(stream())
+    assert len(dropped) == 1
 
 
 def nothing_written(line: Line) -> bool:

@@ -186,6 +186,33 @@ def test_more_lost_than_is_kept_is_said(outbox: Outbox, stops: list[str]) -> Non
     assert outbox.ended
 
 
+@pytest.mark.parametrize("ends", ["log_lost", "completed"])
+def test_nothing_follows_the_terminal_event(outbox: Outbox, ends: str) -> None:
+    """A packet may arrive in the same turn of the loop, before its reading is stopped."""
+    outbox.event(STARTED)
+    outbox.text(0, "x")
+    outbox.freeze()
+    outbox.answered("ok", 2)
+    if ends == "log_lost":
+        for _ in range(6):  # more than is kept
+            outbox.text(0, "y" * MAX_TEXT)
+            outbox.answered("ok", outbox.freeze().first)
+        outbox.text(0, "z")
+        outbox.freeze()
+        outbox.answered("gap", 0)
+    else:
+        outbox.finish(DONE, COMPLETED)
+    outbox.text(0, "late packet")
+    outbox.event(b'{"type":"retrying"}')
+    frame = outbox.freeze()
+    assert frame.ending is not None
+    assert frame.ending.status == ("failed" if ends == "log_lost" else "completed")
+    assert len(frame.events) == 1
+    outbox.answered("ok", frame.first)
+    assert outbox.ended
+    assert not outbox.waiting
+
+
 def test_what_was_sent_again_is_not_counted_twice(outbox: Outbox, stops: list[str]) -> None:
     """After a gap that could be filled, a deeper one that cannot is still told from it."""
     for _ in range(24):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, cast
 
 import pytest
@@ -9,6 +10,23 @@ import pytest
 from millstream import Settings
 from millstream.errors import JobNotFound, RedisUnavailable
 from worker.process import Process
+
+
+async def test_a_fault_of_the_intake_hands_the_jobs_over() -> None:
+    """As that of any other service: told, and followed by an end in order, not by one that drops what runs."""
+
+    class Intake:
+        async def run(self, *, burst: bool) -> None:
+            raise ValueError("a bug")
+
+        def stop(self) -> None: ...
+
+    process = Process.__new__(Process)
+    process._settings, process._intake, process._running = Settings(), cast("Any", Intake()), {}
+    process._stopping, process._hurry, process._broken = asyncio.Event(), asyncio.Event(), False
+    await process._work(burst=True)
+    assert process._broken
+    assert process._hurry.is_set()
 
 
 class Relayed:

@@ -306,6 +306,27 @@ async def test_after_a_gap_the_same_events_come_again_with_the_same_seqs() -> No
 
 
 @flown
+async def test_a_gap_is_mended_for_an_outbox_that_is_carried_no_more() -> None:
+    """A relay that begins a new attempt waits for silence: what the server lost meanwhile must be written first."""
+    line = Line()
+    async with Desk(line) as desk:
+        outbox = desk.outbox("j")
+        for word in ("one ", "two "):
+            desk.say(outbox, word)
+            await outbox.settled()
+        whole = list(line.logs["j"])
+        line.held = True
+        desk.writer.notify(outbox)  # a heartbeat
+        await turns()
+        desk.writer.remove(outbox)
+        del line.logs["j"][-1:]
+        line.held = False
+        await line.answer()
+        await outbox.settled()
+        assert line.logs["j"] == whole
+
+
+@flown
 async def test_a_loss_beyond_what_is_kept_ends_the_job_as_log_lost() -> None:
     """More than what is kept is gone: the job fails, says so in the log that is there, and its relay is told."""
     line = Line()
