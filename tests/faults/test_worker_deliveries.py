@@ -17,8 +17,9 @@ from rq.serializers import JSONSerializer
 from rq.suspension import WORKERS_SUSPENDED
 
 from millstream import calls
-from millstream.delivery import deliver, queue_key
+from millstream.delivery import deliver, job_of, queue_key
 from millstream.job import FUNCTION
+from millstream.keys import text_of
 from tests.tally import TALLY
 from tests.upstream import Stall, Text, WaitFor, answer, expected_text
 from tests.valkey import Valkey
@@ -166,6 +167,32 @@ def test_backlogs_are_no_loss(hasty: World) -> None:
         assert hasty.outcome(job_id).status == "completed"
         hasty.check(job_id)
     assert len(hasty.upstream.journal) == 5
+
+
+@pytest.mark.experiment(21)
+@pytest.mark.parametrize("end", ["terminate", "kill"])
+def test_what_comes_back_to_a_backlog_stands_first_and_once(hasty: World, end: str) -> None:
+    """The six running jobs of twenty lose their worker, and nobody serves their lane for many leases: one delivery
+    each, and whoever serves it at last begins with the six.
+    """
+    hasty.upstream.on(answer(Text(3, seed=1), WaitFor("backlog"), Text(3, seed=2)))
+    worker = hasty.worker("--lane", "batch", "--streams", "6", MILLSTREAM_GRACE="0.05")
+    jobs = [job.id for job in hasty.client.submit_many([{"prompt": f"{n}", "lane": "batch"} for n in range(20)])]
+    hasty.held("backlog", 6)
+    hasty.worker("--lane", "interactive")  # it sweeps, as all do
+    queue = queue_key(hasty.keys, "batch")
+    wait_until(lambda: hasty.redis.llen(queue) == 14, "the others wait")
+    getattr(worker, end)()
+    wait_until(lambda: hasty.redis.llen(queue) == 20, "the six come back")
+    began = time.monotonic()
+    wait_until(lambda: time.monotonic() - began > 2 * PATIENCE + 2, "longer than the patience, and many leases")
+    stand = [job_of(text_of(entry)) for entry in hasty.redis.lrange(queue, 0, -1)]
+    assert (set(stand[:6]), stand[6:]) == (set(jobs[:6]), jobs[6:])
+    hasty.upstream.open_gate("backlog")
+    hasty.worker("--lane", "batch")
+    for job_id in jobs:
+        assert hasty.outcome(job_id).status == "completed"
+        hasty.check(job_id)
 
 
 # Poison ------------------------------------------------------------------------------------------------------------
