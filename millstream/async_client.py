@@ -236,6 +236,7 @@ class AsyncClient(Face):
                     if cursor is None:
                         newest = await self.redis.xrevrange(self.keys.ended, count=1)
                         cursor = newest[0][0].decode() if newest else "0"
+                        outage.answered()
                     found = await self.redis.xread({self.keys.ended: cursor}, count=1000, block=int(LISTEN * 1000))
             except RedisUnavailable as error:
                 outage.outlast(error)

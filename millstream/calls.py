@@ -13,7 +13,7 @@ from typing import Any, Final, Generic, TypeVar
 from .delivery import QUEUES_KEY, deliver
 from .errors import JobExists, JobNotFound, MillstreamError, RedisUnavailable
 from .job import Spec
-from .keys import Keys
+from .keys import Keys, text_of
 from .scripts import Script, load
 from .settings import Settings
 
@@ -101,11 +101,15 @@ def _decode_words(reply: Sequence[bytes]) -> tuple[str, str]:
     return reply[0].decode(), (reply[1] or b"").decode() if len(reply) > 1 else ""
 
 
-def redeliver(keys: Keys, job_id: str, lane: str) -> Call[bool]:
-    """Deliver a job that is accepted already once more. The value is whether it was put in its queue now."""
+def redeliver(keys: Keys, job_id: str, lane: str, *, last: bool = False) -> Call[bool]:
+    """Deliver a job that is accepted already once more, at the head of its queue, or as the last of it.
+
+    The value is whether it was put there now.
+    """
     delivery = deliver(keys, job_id, lane)
     names = [delivery.queue_key, QUEUES_KEY, delivery.job_key]
-    return Call("deliver", names, [delivery.queue_key, delivery.rq_id, *delivery.flat_fields], bool)
+    where = "last" if last else "first"
+    return Call("deliver", names, [delivery.queue_key, delivery.rq_id, where, *delivery.flat_fields], bool)
 
 
 def cancel(keys: Keys, job_id: str) -> Call[str]:
@@ -239,10 +243,10 @@ def sweep(
     keys: Keys, lease: float, job_ids: Sequence[str], oldest: Mapping[str, int | None],
     lines: Mapping[str, str] | None = None,
 ) -> Call[list[tuple[str, ...]]]:  # fmt: skip
-    """Find the due jobs nobody works on. `oldest`: by lane, when its oldest waiting delivery was submitted (ms);
+    """Find the due jobs nobody works on. `oldest`: by lane, since when the first of its deliveries has its place (ms);
     `lines`: by job, the key of the line its state names.
 
-    The value is a list of (job id, lane, why).
+    The value is a list of (job id, lane, why), the youngest first.
     """
     names = [keys.open, keys.ended, keys.repack]
     for job_id in job_ids:
@@ -250,9 +254,7 @@ def sweep(
     args: list[Any] = [milliseconds(lease), patience_ms(lease), len(oldest)]
     for lane, at in oldest.items():
         args += (lane, "" if at is None else at)
-    return Call(
-        "sweep", names, [*args, *job_ids], lambda reply: [tuple(part.decode() for part in row) for row in reply]
-    )
+    return Call("sweep", names, [*args, *job_ids], lambda reply: [tuple(map(text_of, row)) for row in reply])
 
 
 def repack(keys: Keys, job_id: str, packs: int = 64) -> Call[str]:

@@ -225,6 +225,7 @@ class Client(Face):
                     if cursor is None:
                         newest = self.redis.xrevrange(self.keys.ended, count=1)
                         cursor = newest[0][0].decode() if newest else "0"
+                        outage.answered()
                     found = self.redis.xread({self.keys.ended: cursor}, count=1000, block=int(LISTEN * 1000))
             except RedisUnavailable as error:
                 outage.outlast(error)

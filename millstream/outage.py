@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Final
 
 from .errors import RedisUnavailable
-from .redis_door import passes
 
 OUTAGE: Final = 300.0
 """Seconds a reader outlasts a Redis that went away while it read."""
@@ -33,11 +32,11 @@ class Outage:
         self._known, self._since = True, None
 
     def outlast(self, error: RedisUnavailable) -> None:
-        """Let the reader try again after RECONNECT seconds. Raises the error when that is of no use: nothing was ever
-        answered, waiting does not mend it, or it has lasted too long.
+        """Let the reader try again after RECONNECT seconds. Raises the error when nothing was ever answered, or when it
+        has lasted too long.
         """
         now = self._clock()
-        if not self._known or not passes(error):
+        if not self._known:
             raise error
         if self._since is None:  # not since the last answer: a reader may sleep over what it was given
             self._since = now

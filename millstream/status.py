@@ -86,7 +86,15 @@ def from_replies(job_ids: Sequence[str], replies: Sequence[Any]) -> list[Status]
             continue
         try:
             found.append(from_hash(job_id, fields, _metadata_in(spec) if isinstance(spec, bytes) else None))
-        except (KeyError, ValueError, TypeError, AttributeError, RecursionError, msgspec.MsgspecError):
+        except (
+            LookupError,
+            ArithmeticError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+            msgspec.MsgspecError,
+        ):
             continue
     return found
 

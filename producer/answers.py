@@ -17,7 +17,7 @@ from .unclaimed import Unclaimed
 def result(arguments: argparse.Namespace, client: Client, standard: Standard) -> int:
     """Wait for the end and print the text, or everything as one JSON object."""
     try:
-        with Unclaimed(client, arguments.id, standard):
+        with Unclaimed(client, [arguments.id], standard):
             found, transcript = client.outcome(arguments.id, arguments.timeout)
     except KeyboardInterrupt:
         return interrupted([arguments.id], standard)

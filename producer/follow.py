@@ -25,7 +25,7 @@ def follow(client: Client, ids: Sequence[str], view: views.View, standard: Stand
     try:
         for job_id in ids:  # lest the tenth id's typing error shows after the first nine have ended
             client.status(job_id)
-        with view, Unclaimed(client, ids[0], standard) as unclaimed:
+        with view, Unclaimed(client, ids, standard) as unclaimed:
             for job_id, event in client.follow_many(ids, after):
                 unclaimed.heard()
                 if event.terminal:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Final, Self
 
@@ -16,22 +17,27 @@ QUIET: Final = 5.0
 
 
 class Unclaimed:
-    """While entered, says once that the job waits for a worker, should nothing be heard of it for QUIET seconds."""
+    """While entered, says once that the job waits for a worker, should nothing be heard of it for QUIET seconds.
 
-    def __init__(self, client: Client, job_id: str, standard: Standard) -> None:
-        self._client, self._job_id, self._standard = client, job_id, standard
+    Of one job alone: several may be shown on a board, which a line between would tear.
+    """
+
+    def __init__(self, client: Client, job_ids: Sequence[str], standard: Standard) -> None:
+        self._client, self._job_ids, self._standard = client, job_ids, standard
         self._timer = threading.Timer(QUIET, self._look)  # of its own thread, since following blocks
         self._timer.daemon = True
 
     def __enter__(self) -> Self:
-        self._timer.start()
+        if len(self._job_ids) == 1:
+            self._timer.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.heard()
-        self._timer.join(1.0)  # lest it asks a client that is being closed
+        if self._timer.ident is not None:
+            self._timer.join(1.0)  # lest it asks a client that is being closed
 
     def heard(self) -> None:
         """Something came: no word is needed."""
@@ -39,7 +45,7 @@ class Unclaimed:
 
     def _look(self) -> None:
         try:
-            found = self._client.status(self._job_id)
+            found = self._client.status(self._job_ids[0])
         except MillstreamError:
             return  # whoever follows hears of it
         if found.status == "queued" and found.wait is None and found.attempt == 0:

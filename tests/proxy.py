@@ -127,7 +127,12 @@ class Proxy:
             carried = _Carried(self._deaf)
             carried.task = asyncio.create_task(self._carry(carried, reader, writer))
             self._carried.add(carried)
-            carried.task.add_done_callback(lambda _task: self._carried.discard(carried))
+
+            def ended(_task: asyncio.Task[None]) -> None:
+                self._carried.discard(carried)
+                writer.transport.abort()  # also of a task that was cut before its first step
+
+            carried.task.add_done_callback(ended)
 
         server = await asyncio.start_server(connected, "127.0.0.1", 0)
         ready.set_result(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}{self._database}")

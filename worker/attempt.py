@@ -155,7 +155,7 @@ class Attempt:
             raise
         except RecursionError:  # of the library that writes the request
             ticket.dropped()
-            self._reservation.settle(self._answer)
+            self._reservation.give_back()
             what = "the job is nested too deeply to be written into a request; flatten its messages and parameters"
             raise UpstreamFailure("invalid_spec", what, retryable=False) from None
         except BaseException:  # cancelled, or a bug: a probe that told nothing would keep its breaker open for good
@@ -182,7 +182,7 @@ class Attempt:
             waited += await self._wait(found.wait.seconds, waited, found.upstream, "upstream")
         upstream, ticket = found
         try:
-            while (seconds := await self._reservation.have(upstream, self._room - waited)) > 0:
+            while (seconds := await self._reservation.have(upstream, self._room - waited, again=self._again)) > 0:
                 waited += await self._wait(seconds, waited, upstream, "limit")
         except BaseException:
             ticket.dropped()

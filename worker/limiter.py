@@ -1,7 +1,8 @@
 """The worker's side of the shared limiter: which meters there are, and the tickets this process asks for.
 
-Taking tickets for jobs that begin is the intake's; a running job's further requests ask here. What is settled, renewed
-or learned is the teller's. Where no limit is set and no upstream has set one, nothing is asked of Redis.
+Taking tickets for jobs that begin is the intake's; a running job's further requests ask here, all of them, since a
+worker without a free slot does not hear what others have learned. What is settled, renewed or learned is the teller's.
+Where no limit is set and no upstream has set one, jobs begin without asking.
 """
 
 from __future__ import annotations

@@ -116,8 +116,9 @@ class Outbox:
 
     def finish(self, event: bytes, ending: Ending) -> None:
         """The terminal event. Nothing can follow: what still comes is ignored."""
-        self.event(event)
-        self._ending = ending
+        if self._ending is None:
+            self.event(event)
+            self._ending = ending
 
     @property
     def finishing(self) -> bool:

@@ -24,7 +24,7 @@ class Reservation:
         """Whether the request that runs has a ticket."""
         return self._grant is not None
 
-    async def have(self, upstream: GuardedUpstream, room: float) -> float:
+    async def have(self, upstream: GuardedUpstream, room: float, *, again: bool) -> float:
         """Have a ticket for a request to this upstream: 0.0, or the seconds until it is worth asking again.
 
         Raises UpstreamFailure when no waiting makes the request possible.
@@ -38,7 +38,7 @@ class Reservation:
                 self.give_back()
             elif self._grant.fresh(asyncio.get_running_loop().time()):
                 return 0.0
-        elif not limiter.watches(meter):
+        elif not again and not limiter.watches(meter):
             return 0.0
         if self._place is None or self._place[0].name != meter.name:
             if self._place is not None:

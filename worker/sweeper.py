@@ -21,7 +21,7 @@ from millstream.delivery import job_of, queue_key
 from millstream.errors import RedisUnavailable
 from millstream.job import is_id
 from millstream.keys import LANES, text_of
-from millstream.redis_door import TRANSIENT
+from millstream.redis_door import passes, translated
 
 EVERY: Final = 1.0
 BATCH: Final = 200
@@ -46,17 +46,18 @@ class Sweeper:
             await asyncio.sleep(min(EVERY, lease / 4))
             asked = loop.time()
             try:
-                due = await self._due()
-                # A look that took long outlasted an outage, by the retries below it: that is no unbroken connection.
-                if self._healthy_since is None or loop.time() - asked > lease / 4:
-                    self._healthy_since = loop.time()
-                if due and loop.time() - self._healthy_since >= lease:
-                    await self._sweep(due)
-                told = False
-            except (RedisUnavailable, redis.exceptions.RedisError) as error:
+                with translated(self._client.settings.redis_url):
+                    due = await self._due()
+                    # A look that took long outlasted an outage, by the retries below it: no unbroken connection.
+                    if self._healthy_since is None or loop.time() - asked > lease / 4:
+                        self._healthy_since = loop.time()
+                    if loop.time() - self._healthy_since >= lease:
+                        if due:
+                            await self._sweep(due)
+                        told = False
+            except RedisUnavailable as error:
                 self._healthy_since = None
-                cause = error.__cause__ if isinstance(error, RedisUnavailable) else error
-                if not (told or isinstance(cause, TRANSIENT)):  # an outage is the writer's to tell
+                if not (told or passes(error)):  # an outage is the writer's to tell
                     log.warning("sweep.failed", reason=str(error)[:200])
                     told = True
 
@@ -77,7 +78,9 @@ class Sweeper:
         keys, lease = self._client.keys, self._client.settings.lease
         oldest = {lane: await self._oldest(lane) for lane in LANES}
         found = await self._client.run(calls.sweep(keys, lease, due, oldest, await self._lines(due)))
-        await self._client.run_many([calls.redeliver(keys, job_id, lane) for job_id, lane, _ in found])
+        await self._client.run_many(
+            [calls.redeliver(keys, job_id, lane, last=why == "due") for job_id, lane, why in found]
+        )
         for job_id, lane, why in found:
             log.info("sweep.delivered_again", job=job_id, lane=lane, because=why)
 
@@ -111,16 +114,16 @@ class Sweeper:
         return {keys.line(name, lane) for name in names for lane in LANES}
 
     async def _oldest(self, lane: str) -> int | None:
-        """When the job at the head of a lane's queue was submitted (ms), 0 when unknown; None for an empty lane."""
+        """Since when the first delivery of a lane has its place (ms), 0 when unknown; None for an empty lane."""
         keys, connection = self._client.keys, self._client.redis
         try:
             if not (head := await connection.lindex(queue_key(keys, lane), 0)):
                 return None
             job_id = job_of(text_of(head))
-            created = await connection.hget(keys.state(job_id), "created") if job_id else None
+            times = await connection.hmget(keys.state(job_id), "queued", "created") if job_id else []
         except redis.exceptions.NoPermissionError:
             raise
         except redis.exceptions.ResponseError:  # somebody else's data under one of the names
-            created = None
+            times = []
         # Nobody knows how old a head is whose job is gone: whoever serves the lane takes it away; until then all wait.
-        return int(created) if created and created.isdigit() else 0
+        return next((int(each) for each in times if each and each.isdigit()), 0)

@@ -14,7 +14,7 @@ local function end_job(job, open, ended, repack, now, seq, attempt, status, body
   redis.call('PUBLISH', string.sub(log, 1, -4) .. 'chunks', '{"v":1,"seq":' .. seq .. ',"attempt":' .. attempt
     .. ',"at":' .. string.format('%.3f', now / 1000) .. ',' .. string.sub(body, 2))
   redis.call('HSET', state, 'status', status, 'seq', seq, 'ended', now, 'writer', writer)
-  redis.call('HDEL', state, 'holder', 'lease', 'not_before', 'wait', 'until', 'line', 'place', 'swept')
+  redis.call('HDEL', state, 'holder', 'lease', 'not_before', 'wait', 'until', 'line', 'place', 'swept', 'queued')
   local retention = tonumber(redis.call('HGET', state, 'retention'))
   redis.call('PEXPIRE', spec, retention)
   redis.call('PEXPIRE', state, retention)

@@ -40,7 +40,7 @@ elseif ARGV[4] ~= '' then
 elseif status == 'in_progress' then
   local left = tonumber(s[5] or 0) - now
   if left > 0 then
-    return {'busy', math.min(left, ARGV[3])} -- a server's clock that went back makes it longer than any lease
+    return {'busy', left}
   end
   broken = broken + 1
   reason = 'worker_lost'
@@ -66,6 +66,6 @@ attempt = attempt + 1
 redis.call('HSET', KEYS[1], 'status', 'in_progress', 'holder', ARGV[2] .. ':' .. attempt, 'attempt', attempt, 'broken', broken,
   'reason', reason, 'lease', now + ARGV[3])
 redis.call('HSETNX', KEYS[1], 'started', now)
-redis.call('HDEL', KEYS[1], 'not_before', 'wait', 'until', 'line', 'place', 'swept')
+redis.call('HDEL', KEYS[1], 'not_before', 'wait', 'until', 'line', 'place', 'swept', 'queued')
 redis.call('ZADD', KEYS[4], now + ARGV[3], ARGV[1])
 return {'claimed', attempt, seq, reason, broken, max_attempts}

@@ -199,7 +199,10 @@ for _, job in ipairs(joined) do
   local rank = call('ZRANK', LINES[lane], member)
   if rank then
     call('LREM', KEYS[12 + lane], 1, delivery)
-    if call('HGET', state, 'status') == 'queued' then
+    local status = call('HGET', state, 'status')
+    if status == 'in_progress' then -- its worker is lost, perhaps: while it stands here nobody need deliver it again
+      call('HSET', state, 'line', LINES[lane], 'place', member)
+    elseif status == 'queued' then
       call('HSET', state, 'wait', ARGV[12] .. ',"because":"' .. (why or 'requests') .. '"}', 'until', due(lane, rank),
         'line', LINES[lane], 'place', member)
     end

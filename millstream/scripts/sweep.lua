@@ -1,13 +1,13 @@
 -- sweep: of the jobs that are due, find those nobody works on; they are to be delivered again by the caller.
 --
 -- KEYS  1 open  2 ended  3 repack  then per job: state, log, spec, the line it waits in (any name where it is in none)
--- ARGV  1 lease (ms)  2 patience (ms)  3 number of lanes, then per lane: its name and when the oldest delivery that
---       waits in it was submitted (ms, or '' for an empty lane)  then per job: its id
--- Returns {id, lane, 'lost' | 'vanished' | 'due'} per job to deliver, the youngest first (see deliver); each is rescored
--- as it is taken, so that several sweeps at once take different jobs, and a delivery that is lost again is found again.
--- Where a delivery is known to have been made (every queued job's was, and that of a job whose lost lease was seen
--- before), it is gone only when its lane holds nothing older: a backlog is no loss. Nor has one vanished that stands
--- in the line of a limit: a worker takes it from there.
+-- ARGV  1 lease (ms)  2 patience (ms)  3 number of lanes, then per lane: its name and since when the first delivery in it
+--       has its place (the job's `queued`, else its `created`, ms; '' for an empty lane)  then per job: its id
+-- Returns {id, lane, 'lost' | 'vanished' | 'due'} per job to deliver, the youngest first: see deliver, where the due ones
+-- stand last and the others first. Each is rescored as it is taken, so that several sweeps at once take different jobs.
+-- A lost lease is told at once. Afterwards, and of a queued job, the delivery is taken for gone only when the first in
+-- its lane has its place since later: a backlog is no loss. Nor has one vanished that stands in the line of a limit: a
+-- worker takes it from there.
 -- flags: allow-oom
 -- uses: _ending
 
@@ -18,8 +18,9 @@ for i = 1, lanes do
   oldest[ARGV[2 + 2 * i]] = tonumber(ARGV[3 + 2 * i])
 end
 
-local function waits(lane, created)
-  return oldest[lane] and oldest[lane] <= tonumber(created)
+-- Whether a delivery that has its place since then may still be waiting.
+local function waits(lane, since)
+  return oldest[lane] and oldest[lane] <= since
 end
 
 local function look(id, state, log, spec, line)
@@ -28,25 +29,23 @@ local function look(id, state, log, spec, line)
     return nil -- another sweep took it
   end
   local s = redis.call('HMGET', state, 'status', 'lane', 'lease', 'not_before', 'expires', 'attempt', 'seq', 'created',
-    'place', 'swept')
+    'place', 'swept', 'queued')
   if not s[1] or CLOSED[s[1]] then
     redis.call('ZREM', KEYS[1], id)
     return nil
   end
-  assert(s[2] and s[8], 'its state is incomplete')
+  local created = tonumber(s[8])
+  assert(s[2] and created, 'its state is incomplete')
+  local in_line = s[9] and redis.call('ZSCORE', line, s[9])
   if s[1] == 'in_progress' then
     local ends = s[3] or '0'
     local left = tonumber(ends) - now
-    if left > lease then -- the server's clock went back: a dead holder's lease must not last until it has caught up
-      left = lease
-      redis.call('HSET', state, 'lease', now + lease)
-    end
     redis.call('ZADD', KEYS[1], now + (left > 0 and left or lease), id)
-    if left > 0 or (s[10] == ends and waits(s[2], s[8])) then
+    if left > 0 or in_line or (s[10] == ends and waits(s[2], created)) then
       return nil
     end
     redis.call('HSET', state, 'swept', ends)
-    return {id, s[2], 'lost', s[8]}
+    return {id, s[2], 'lost', created}
   end
   if s[5] and s[6] == '0' and tonumber(s[5]) <= now then
     local failure = '{"code":"expired","message":"it was not started before its expiry"}'
@@ -62,13 +61,15 @@ local function look(id, state, log, spec, line)
       return nil
     end
     redis.call('HDEL', state, 'not_before', 'wait') -- from here on it waits in its lane, like any other
-    return {id, s[2], 'due', s[8]}
+    redis.call('HSET', state, 'queued', now)
+    return {id, s[2], 'due', created}
   end
   redis.call('ZADD', KEYS[1], now + patience, id)
-  if s[9] and redis.call('ZSCORE', line, s[9]) then
+  if in_line or waits(s[2], tonumber(s[11]) or created) then
     return nil
   end
-  return not waits(s[2], s[8]) and {id, s[2], 'vanished', s[8]} or nil
+  redis.call('HDEL', state, 'queued')
+  return {id, s[2], 'vanished', created}
 end
 
 local found = {}
@@ -81,7 +82,7 @@ for i = 4 + 2 * lanes, #ARGV do
     found[#found + 1] = reply
   end
 end
-table.sort(found, function(a, b) return tonumber(a[4]) > tonumber(b[4]) end)
+table.sort(found, function(a, b) return a[4] > b[4] end)
 for _, each in ipairs(found) do
   each[4] = nil
 end

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -75,34 +76,41 @@ def test_what_is_delivered_again_stands_first_with_the_oldest_at_the_head(client
     assert [job_id for job_id, _, _ in found] == names[::-1]
     for job_id, lane, _ in found:
         assert client.run(redeliver(client.keys, job_id, lane))
+    assert client.run(redeliver(client.keys, "due", "interactive", last=True))
     stand = [job_of(entry.decode()) for entry in client.redis.lrange(queue, 0, -1)]
-    assert stand == [*names, "backlog"]
+    assert stand == [*names, "backlog", "due"]
     hands.make_due(*names)
     assert hands.sweep(*names, oldest={"interactive": 1000}) == []
 
 
-def test_a_lease_from_before_the_clock_went_back_does_not_outlast_it(client: Client, hands: Hands) -> None:
-    """A failover to a server whose clock is an hour behind: a dead holder's job comes back within a lease, not after
-    an hour.
-    """
+def test_a_lost_job_that_stands_in_a_line_is_left_there(client: Client, hands: Hands) -> None:
+    """Its delivery waits for a limit: whoever takes it from there claims the job."""
     client.submit("Hi", id="j")
-    hands.begin("j")
-    client.redis.hset(client.keys.state("j"), "lease", hands.now_ms() + 3_600_000)
-    assert hands.claim("j", "t2").busy_ms <= LEASE_MS
+    hands.begin("j", lease=0.001)
+    hands.let_lapse("j")
+    line = client.keys.line("up/m", "interactive")
+    client.redis.zadd(line, {"j-1:0": 1})
+    client.redis.expire(line, 60)
+    client.redis.hset(client.keys.state("j"), mapping={"line": line, "place": "j-1:0"})
     hands.make_due("j")
-    with hands.from_now() as after:
-        assert hands.sweep("j") == []
-    assert int(hands.state("j")["lease"]) in after(LEASE_MS)
-    assert looked_at(client) in after(LEASE_MS)
+    assert client.run(sweep(client.keys, LEASE, ["j"], {"interactive": None}, {"j": line})) == []
+    client.redis.delete(line)
+    hands.make_due("j")
+    assert client.run(sweep(client.keys, LEASE, ["j"], {"interactive": None}, {"j": line})) == [
+        ("j", "interactive", "lost")
+    ]
 
 
 def test_an_incomplete_state_stops_nobody(client: Client, hands: Hands) -> None:
     """Somebody else wrote it: it is looked at again later, and the others are found."""
-    client.redis.hset(client.keys.state("bad"), mapping={"status": "in_progress", "lease": 1})
+    foreign: list[dict[str, Any]] = [{}, {"lane": "batch"}, {"lane": b"\xff", "created": "x"}]
+    names = [f"bad{number}" for number in range(len(foreign))]
+    for name, more in zip(names, foreign, strict=True):
+        client.redis.hset(client.keys.state(name), mapping={"status": "in_progress", "lease": 1, **more})
     client.submit("Hi", id="j")
-    hands.make_due("bad", "j")
-    assert hands.sweep("bad", "j") == [("j", "interactive", "vanished")]
-    client.redis.delete(client.keys.state("bad"))
+    hands.make_due("j", *names)
+    assert hands.sweep("j", *names) == [("j", "interactive", "vanished")]
+    client.redis.delete(*map(client.keys.state, names))
 
 
 def test_a_living_lease_is_left_alone(client: Client, hands: Hands) -> None:
@@ -145,6 +153,8 @@ async def test_a_head_whose_job_is_gone_says_nothing_of_the_jobs_behind_it(
     assert await sweeper._oldest("interactive") is None
     client.submit("Hi", id="j")
     assert await sweeper._oldest("interactive") == int(client.redis.hget(state, "created"))
+    client.redis.hset(state, "queued", 7)
+    assert await sweeper._oldest("interactive") == 7
     kept = client.redis.dump(state)
     client.redis.delete(b"rq:job:" + client.redis.lindex(queue, 0))
     spoils: list[Callable[[], object]] = [
@@ -181,10 +191,13 @@ def test_a_job_whose_wait_is_over_is_delivered_once(client: Client, hands: Hands
     hands.make_due("j")
     assert hands.sweep("j") == [("j", "interactive", "due")]
     assert client.status("j").wait is None
+    since = int(hands.state("j")["queued"])
+    for first in (int(hands.state("j")["created"]), since):
+        hands.make_due("j")
+        assert hands.sweep("j", oldest={"interactive": first}) == [], "it stands behind those that were there"
     hands.make_due("j")
-    assert hands.sweep("j", oldest={"interactive": 1}) == [], "the lane holds something older"
-    hands.make_due("j")
-    assert hands.sweep("j") == [("j", "interactive", "vanished")]
+    assert hands.sweep("j", oldest={"interactive": since + 1}) == [("j", "interactive", "vanished")]
+    assert "queued" not in hands.state("j"), "from now on it stands first"
     assert hands.claim("j", "t2").outcome == "claimed"
 
 

@@ -21,7 +21,7 @@ class Watched(Sweeper):
     for the first time after that."""
 
     def __init__(self, slow: int) -> None:
-        client: Any = SimpleNamespace(settings=SimpleNamespace(lease=LEASE))
+        client: Any = SimpleNamespace(settings=SimpleNamespace(lease=LEASE, redis_url="redis://127.0.0.1/0"))
         super().__init__(client)
         self.slow, self.looks = slow, 0
         self.back_at = 0.0
@@ -56,7 +56,7 @@ class Replica:
     """Answers reads, with a job that is due, and refuses what may write until promoted; notes the first sweep."""
 
     def __init__(self) -> None:
-        self.settings = SimpleNamespace(lease=LEASE)
+        self.settings = SimpleNamespace(lease=LEASE, redis_url="redis://127.0.0.1/0")
         self.keys = Keys()
         self.redis: Any = self
         self.promoted_at = 0.0
