@@ -28,7 +28,7 @@ from .meters import Gauge
 from .outage import RECONNECT, Outage
 from .reading import LISTEN, Following, Reading
 from .redis_door import COMMAND_TIMEOUT, PIPELINE, connect_async, translated
-from .result import Ended, Job, Narrator, OnContent, OnRestart, Result, outcome, raise_for_end
+from .result import Ended, Job, Narrator, OnContent, OnRestart, Result, endings, outcome, raise_for_end
 from .status import Status
 from .transcript import Transcript
 
@@ -159,7 +159,7 @@ class AsyncClient(Face):
             members = await self.redis.zrange(self.keys.open, 0, -1)
             feed = await self.redis.xrevrange(self.keys.ended, count=10 * limit)
         names = [*members, *(fields.get(b"id", b"") for _, fields in feed)]
-        ids = dict.fromkeys(each.decode() for each in names if job.is_id(each))
+        ids = dict.fromkeys(job.ids_among(names))
         found: list[Status] = []
         for start in range(0, len(ids), 500):
             found += [
@@ -243,10 +243,9 @@ class AsyncClient(Face):
                 await asyncio.sleep(RECONNECT)
                 continue
             outage.answered()
-            for entry in found[0][1] if found else ():
-                ended = Ended.of(*entry)
-                cursor = ended.cursor
-                yield ended
+            for each in endings(found):
+                cursor = each.cursor
+                yield each
 
     # The shell around the decisions ------------------------------------------------------------------------------
 

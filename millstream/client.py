@@ -26,7 +26,7 @@ from .meters import Gauge
 from .outage import RECONNECT, Outage
 from .reading import LISTEN, Following, Reading
 from .redis_door import COMMAND_TIMEOUT, PIPELINE, connect, translated
-from .result import Ended, Job, Narrator, OnContent, OnRestart, Result, outcome, raise_for_end
+from .result import Ended, Job, Narrator, OnContent, OnRestart, Result, endings, outcome, raise_for_end
 from .status import Status
 from .transcript import Transcript
 
@@ -154,7 +154,7 @@ class Client(Face):
             members = self.redis.zrange(self.keys.open, 0, -1)
             feed = self.redis.xrevrange(self.keys.ended, count=10 * limit)
         names = [*members, *(fields.get(b"id", b"") for _, fields in feed)]
-        ids = dict.fromkeys(each.decode() for each in names if job.is_id(each))
+        ids = dict.fromkeys(job.ids_among(names))
         found: list[Status] = []
         for start in range(0, len(ids), 500):
             found += [each for each in self._statuses(list(ids)[start : start + 500]) if state in (None, each.status)]
@@ -232,10 +232,9 @@ class Client(Face):
                 time.sleep(RECONNECT)
                 continue
             outage.answered()
-            for entry in found[0][1] if found else ():
-                ended = Ended.of(*entry)
-                cursor = ended.cursor
-                yield ended
+            for each in endings(found):
+                cursor = each.cursor
+                yield each
 
     # The shell around the decisions ------------------------------------------------------------------------------
 

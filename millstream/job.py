@@ -87,6 +87,11 @@ def is_id(name: bytes) -> bool:
     return name.isascii() and ID_PATTERN.fullmatch(name.decode()) is not None
 
 
+def ids_among(names: Iterable[bytes]) -> list[str]:
+    """The names found in Redis that can be jobs' ids, in their order."""
+    return [name.decode() for name in names if is_id(name)]
+
+
 def build(prompt: str | None = None, *, messages: Sequence[Mapping[str, Any]] | None = None, **asked: Any) -> Spec:
     """Make a spec from what a caller says: a prompt or messages, a model, options of a job, OpenAI parameters.
 

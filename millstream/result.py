@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Self
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from msgspec import Struct
 
@@ -30,11 +30,6 @@ class Ended(Struct, frozen=True, kw_only=True):
     status: str
     cursor: str
 
-    @classmethod
-    def of(cls, entry_id: bytes, fields: Mapping[bytes, bytes]) -> Self:
-        """An entry as the feed has it."""
-        return cls(id=text_of(fields[b"id"]), status=text_of(fields[b"status"]), cursor=entry_id.decode())
-
 
 class Result(Struct, frozen=True, kw_only=True):
     """A finished answer. `status` is completed or incomplete; `completion` is an OpenAI `chat.completion` object."""
@@ -46,6 +41,15 @@ class Result(Struct, frozen=True, kw_only=True):
     usage: dict[str, Any] | None
     attempts: int
     error: dict[str, Any] | None = None
+
+
+def endings(reply: Sequence[Any] | None) -> list[Ended]:
+    """What XREAD of the feed answered, in its order; nothing when nothing came."""
+    return [
+        Ended(id=text_of(fields[b"id"]), status=text_of(fields[b"status"]), cursor=entry_id.decode())
+        for _, entries in reply or ()
+        for entry_id, fields in entries
+    ]
 
 
 def outcome(job_id: str, transcript: Transcript) -> Result:

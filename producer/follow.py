@@ -25,9 +25,8 @@ def follow(client: Client, ids: Sequence[str], view: views.View, standard: Stand
     try:
         for job_id in ids:  # lest the tenth id's typing error shows after the first nine have ended
             client.status(job_id)
-        with view, Unclaimed(client, ids, standard) as unclaimed:
+        with view, Unclaimed(client, ids, standard):
             for job_id, event in client.follow_many(ids, after):
-                unclaimed.heard()
                 if event.terminal:
                     endings[job_id] = event.type
                 view.feed(job_id, event)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 from millstream.client import Client
 from millstream.errors import MillstreamError
@@ -13,11 +13,11 @@ from millstream.errors import MillstreamError
 from .standard import Standard
 
 QUIET: Final = 5.0
-"""Seconds without an event after which the job is looked at."""
+"""Seconds after which the job is looked at."""
 
 
 class Unclaimed:
-    """While entered, says once that the job waits for a worker, should nothing be heard of it for QUIET seconds.
+    """While entered, says once that the job waits for a worker, should none have taken it after QUIET seconds.
 
     Of one job alone: several may be shown on a board, which a line between would tear.
     """
@@ -27,21 +27,16 @@ class Unclaimed:
         self._timer = threading.Timer(QUIET, self._look)  # of its own thread, since following blocks
         self._timer.daemon = True
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> None:
         if len(self._job_ids) == 1:
             self._timer.start()
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.heard()
+        self._timer.cancel()
         if self._timer.ident is not None:
             self._timer.join(1.0)  # lest it asks a client that is being closed
-
-    def heard(self) -> None:
-        """Something came: no word is needed."""
-        self._timer.cancel()
 
     def _look(self) -> None:
         try:

@@ -14,7 +14,7 @@ import structlog
 from millstream import calls
 from millstream.async_client import AsyncClient
 from millstream.errors import RedisUnavailable
-from millstream.job import is_id
+from millstream.job import ids_among, is_id
 
 EVERY: Final = 1.0
 """Seconds between looks when there is nothing to do."""
@@ -45,7 +45,7 @@ class Repacker:
         noted = await self._client.redis.zrange(keys.repack, 0, BATCH - 1)
         if strange := [member for member in noted if not is_id(member)]:
             await self._client.redis.zrem(keys.repack, *strange)
-        found = [member.decode() for member in noted if is_id(member)]
+        found = ids_among(noted)
         for job_id in found:
             while await self._client.run(calls.repack(keys, job_id)) == "more":
                 pass  # each step is a call of its own, between which whoever waits is served

@@ -19,7 +19,7 @@ from millstream.async_client import AsyncClient
 from millstream.calls import patience_ms
 from millstream.delivery import job_of, queue_key
 from millstream.errors import RedisUnavailable
-from millstream.job import is_id
+from millstream.job import ids_among, is_id
 from millstream.keys import LANES, text_of
 from millstream.redis_door import passes, translated
 
@@ -72,7 +72,7 @@ class Sweeper:
         due = [member for member, score in scored if score <= now]
         if strange := [member for member in due if not is_id(member)]:
             await self._client.redis.zrem(self._client.keys.open, *strange)
-        return [member.decode() for member in due if is_id(member)]
+        return ids_among(due)
 
     async def _sweep(self, due: list[str]) -> None:
         keys, lease = self._client.keys, self._client.settings.lease
