@@ -11,7 +11,7 @@ from typing import Any, Final
 import pytest
 
 from millstream import AsyncClient, Client, Settings, meters
-from millstream.calls import Claim, Ending, Frame, append, holder
+from millstream.calls import Claim, Ending, Frame, append, claim, holder
 from millstream.errors import SpecError
 from millstream.events import compact
 from millstream.job import Spec
@@ -356,6 +356,27 @@ async def test_jobs_in_a_line_that_nobody_serves_are_delivered_again(
     assert sorted(job_id for _, job_id, _ in started) == ["job-0", "job-1", "job-2"]
     end_line(client.redis, client.keys, "up/m", "interactive")
     assert not client.redis.exists(line)
+
+
+async def test_a_lost_job_that_waits_for_a_limit_is_not_delivered_again(client: Client, settings: Settings) -> None:
+    """Its worker died, its delivery stands in line: each lease would put another one beside it, with a ticket each."""
+    submit(client, 1, model="m")
+    state = client.keys.state("job-0")
+    client.run(claim(client.keys, "job-0", "dead", 0.001))
+    client.run(learn(client.keys, Meter("up", "m", Limits(streams=1)), cool=60))
+    async with fleet(settings, Limits(streams=1)) as (desks, started):
+        await until(lambda: client.limits() and client.limits()[0].waiting["interactive"] == 1)
+        await until(lambda: client.redis.hexists(state, "place"))
+        for _ in range(3):
+            client.redis.zadd(client.keys.open, {"job-0": 1})
+            await Sweeper(desks[0].client, ["up"])._sweep(["job-0"])
+        assert client.redis.llen("rq:queue:millstream-interactive") == 0
+        assert client.limits()[0].waiting["interactive"] == 1
+        end_cool_down(client.redis, client.keys, "up/m")
+        await until(lambda: started)
+        await until(lambda: client.status("job-0").ended)
+    assert client.status("job-0").attempt == 2
+    assert not client.redis.hexists(state, "place")
 
 
 async def test_a_line_that_others_serve_is_left_to_them(client: Client, settings: Settings) -> None:

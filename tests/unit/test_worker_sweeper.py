@@ -8,6 +8,9 @@ from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
+import redis.exceptions
+import structlog
+
 from millstream.calls import Call
 from millstream.errors import RedisUnavailable
 from millstream.keys import Keys
@@ -104,3 +107,33 @@ async def test_reads_alone_are_no_unbroken_connection() -> None:
     with suppress(asyncio.CancelledError):
         await task
     assert swept_at - replica.promoted_at >= LEASE
+
+
+class Troubled:
+    """A server that answers every look as the test says."""
+
+    def __init__(self, *causes: Exception) -> None:
+        self.settings = SimpleNamespace(lease=LEASE, redis_url="redis://127.0.0.1/0")
+        self.keys = Keys()
+        self.left = list(causes)
+        self.over = asyncio.Event()
+
+    async def run(self, _call: Call[Any]) -> list[Any]:
+        if not self.left:
+            self.over.set()
+            await asyncio.Event().wait()
+        raise self.left.pop(0)
+
+
+async def test_what_waiting_does_not_mend_is_told_once() -> None:
+    """A missing right keeps lost jobs lost: in silence nobody would know. An outage is the writer's to tell."""
+    denied = redis.exceptions.NoPermissionError("no right for LINDEX")
+    troubled: Any = Troubled(redis.exceptions.ConnectionError("away"), denied, denied)
+    with structlog.testing.capture_logs() as said:
+        task = asyncio.create_task(Sweeper(troubled).run())
+        await troubled.over.wait()
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+    assert [line["event"] for line in said] == ["sweep.failed"]
+    assert "LINDEX" in said[0]["reason"]
