@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import redis
 
-from millstream import Client, Settings, calls
+from millstream import AsyncClient, Client, Settings, calls
 from millstream.events import compact_text, encode
 from millstream.testing import ScriptedChannel
 from tests.valkey import Valkey
@@ -33,14 +33,19 @@ def client(valkey: Valkey) -> Iterator[Client]:
         yield connected
 
 
-@pytest.fixture
-def readme_follow() -> Follow:
-    """The function `follow` of the README, from its text."""
+def _of_the_readme(function: str) -> Any:
+    """A function of the README, from its text."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    [block] = [each for each in blocks if "def follow(" in each]
+    [block] = [each for each in blocks if f"def {function}(" in each]
     names: dict[str, Any] = {}
     exec(compile(block, "README.md", "exec"), names)
-    follow: Follow = names["follow"]
+    return names[function]
+
+
+@pytest.fixture
+def readme_follow() -> Follow:
+    """The function `follow` of the README."""
+    follow: Follow = _of_the_readme("follow")
     return follow
 
 
@@ -113,6 +118,28 @@ def test_the_example_says_what_became_of_a_job(valkey: Valkey, client: Client) -
         assert (example.returncode, said) == (1, "")
         [line] = complaints.splitlines()
         assert expected in line
+
+
+async def test_the_readmes_event_stream_goes_on_after_the_last_event_id(client: Client) -> None:
+    """What a browser that reconnects gets: the events it has not seen, each with its seq as the id."""
+    client.submit("Hi", id="j")
+    _write_in_every_form(client, "j")
+    wanted = _listed(client, "j", 3)
+    async with AsyncClient(settings=client.settings) as reader:
+        said = [each async for each in _of_the_readme("sse")(reader, "j", "3")]
+    parts = [re.fullmatch(r"id: (\d+)\ndata: (.*)\n\n", each) for each in said]
+    assert [(int(part[1]), json.loads(part[2])) for part in parts if part] == [(each["seq"], each) for each in wanted]
+
+
+def test_the_readmes_configuration_starts_a_server(valkey: Valkey, tmp_path: Path) -> None:
+    """A comment behind a directive would keep it from starting."""
+    pages = [(ROOT / "README.md").read_text(), (ROOT / "docs" / "operations.md").read_text().replace("\n    ", "\n")]
+    for number, page in enumerate(pages):
+        [lines] = re.findall(r"\n(appendonly yes\n(?:.*\n)*?maxmemory-policy noeviction\n)", page)
+        (tmp_path / f"{number}.conf").write_text(lines)
+        included = ["--include", str(tmp_path / f"{number}.conf")]
+        with Valkey.start(options=included) as server, redis.Redis.from_url(server.url) as connection:
+            assert connection.config_get("maxmemory")["maxmemory"] == str(2**30)
 
 
 def test_the_readmes_follow_gives_every_event_of_a_finished_job(
